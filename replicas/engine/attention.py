@@ -1,0 +1,94 @@
+"""Paged attention behind one narrow interface. Nothing above it knows which backend runs.
+
+Layout of one layer's cache, the same for all backends (FlashAttention's paged layout, keys and values apart):
+
+    keys, values: [num_blocks, block_size, num_kv_heads, head_dim]
+    slot = block * block_size + offset   addresses one token's row of either
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from replicas.engine.batch import StepBatch
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """One layer's keys and values, each [num_blocks, block_size, num_kv_heads, head_dim]."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class Attention(Protocol):
+    name: str
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cache: LayerCache,
+        batch: StepBatch,
+        *,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        """Write k, v [T, Hk, D] to batch.slot_mapping, then attend causally over each sequence's own blocks.
+
+        q [T, Hq, D] -> [T, Hq, D]; query head h reads KV head h // (Hq // Hk). `window`: a query at position p sees
+        positions p - window + 1 .. p; None sees all. q, k, v may be strided views with a contiguous last dimension.
+        """
+        ...
+
+
+class TorchAttention:
+    """The reference: one gather and one scaled_dot_product_attention a sequence. Correct anywhere, fast nowhere."""
+
+    name = "torch"
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cache: LayerCache,
+        batch: StepBatch,
+        *,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        keys, values = cache.keys.flatten(0, 1), cache.values.flatten(0, 1)
+        keys[batch.slot_mapping] = k.to(keys.dtype)
+        values[batch.slot_mapping] = v.to(values.dtype)
+        block_size = cache.keys.shape[1]
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        starts, lens = batch.query_start.tolist(), batch.context_lens.tolist()
+        for i, length in enumerate(lens):
+            begin, end = starts[i], starts[i + 1]
+            blocks = batch.block_tables[i, : -(-length // block_size)].long()
+            seq_k = cache.keys[blocks].flatten(0, 1)[:length].to(q.dtype)
+            seq_v = cache.values[blocks].flatten(0, 1)[:length].to(q.dtype)
+            rows = torch.arange(length - (end - begin), length, device=q.device).unsqueeze(1)
+            cols = torch.arange(length, device=q.device).unsqueeze(0)
+            mask = cols <= rows
+            if window is not None:
+                mask &= cols > rows - window
+            out[begin:end] = torch.nn.functional.scaled_dot_product_attention(
+                q[begin:end].transpose(0, 1).unsqueeze(0),
+                seq_k.transpose(0, 1).unsqueeze(0),
+                seq_v.transpose(0, 1).unsqueeze(0),
+                attn_mask=mask,
+                scale=scale,
+                enable_gqa=True,
+            )[0].transpose(0, 1)
+        return out
+
+
+def choose_attention(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Attention:
+    return TorchAttention()

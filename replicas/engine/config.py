@@ -1,0 +1,41 @@
+"""What one engine is told: frozen values, each default written here and nowhere else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Settings of one engine; a fleet file's `engine_settings` has exactly these keys (without `model`).
+
+    model: folder with config.json + *.safetensors, a *.gguf file, or a folder holding exactly one *.gguf file.
+    device: "auto", "cpu", "cuda" or "cuda:N".
+    dtype: of weights, activations and KV cache; "auto" is float32 on CPU, bfloat16 on CUDA.
+    block_size: tokens per KV block.
+    num_blocks: KV blocks; None sizes the pool from memory.
+    kv_memory_gib: memory for the KV pool when num_blocks is None; None takes `memory_fraction` of what is really free
+        after weights (and, on CUDA, after profiling activations and sampler).
+    max_model_len: prompt + output tokens of one sequence; None takes the model's own limit.
+    max_num_seqs: sequences in one step. max_num_batched_tokens: token budget of one step.
+    max_waiting: requests in the waiting queue; one more is refused with QueueFull.
+    watermark: share of blocks kept free when a new prompt is admitted, so that running sequences seldom preempt.
+    num_threads: torch CPU threads; None leaves the number that is set.
+    """
+
+    model: str
+    device: str = "auto"
+    dtype: str = "auto"
+    attention: str = "auto"
+    block_size: int = 16
+    num_blocks: int | None = None
+    kv_memory_gib: float | None = None
+    memory_fraction: float = 0.5
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 1024
+    max_waiting: int = 1024
+    enable_prefix_caching: bool = True
+    watermark: float = 0.01
+    num_threads: int | None = None
+    seed: int = 0

@@ -1,0 +1,85 @@
+"""The small operations of a decoder layer, behind one narrow interface so that a device may bring faster ones.
+
+`TorchOps` is the reference and runs anywhere torch does. `choose_ops(device, dtype)` picks the best for a device.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Linear(Protocol):
+    """y = x @ weight.T (+ bias): x [M, K] -> [M, N]. The weight is held in whatever layout the device likes."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+class Ops(Protocol):
+    """All tensors are contiguous unless said otherwise; T is the number of tokens in the step."""
+
+    name: str
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        """Prepare (perhaps repack) weight [N, K] once; the caller drops its own reference to it."""
+        ...
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x [T, H] (or any [..., H]) -> same shape; the mean square is taken in float32."""
+        ...
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """(rms_norm(x + residual), x + residual); both may reuse their inputs' memory."""
+        ...
+
+    def rope(self, q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotate halves (NeoX / Hugging Face convention). q [T, Hq, D], k [T, Hk, D], rows may be strided (views into
+        a fused QKV); cos_sin float32 [max_position, D]: first half cosines, second half sines. May work in place."""
+        ...
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """gate_up [T, 2F] -> silu(gate) * up [T, F]."""
+        ...
+
+
+class TorchLinear:
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias = weight, bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, self.weight, self.bias)
+
+
+class TorchOps:
+    name = "torch"
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        return TorchLinear(weight, bias)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        return weight * wide.to(x.dtype)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        total = x + residual
+        return self.rms_norm(total, weight, eps), total
+
+    def rope(self, q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
+
+        def rotate(x: Tensor) -> Tensor:
+            first, second = x.float().chunk(2, dim=-1)
+            return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+        return rotate(q), rotate(k)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate) * up
+
+
+def choose_ops(device: torch.device, dtype: torch.dtype) -> Ops:
+    return TorchOps()

@@ -1,0 +1,369 @@
+"""The vocabulary that gateway, policies and replicas share: frozen messages and one tree of errors.
+
+Standard library only. Nothing here knows HTTP, Ray, sockets or tensors; `replicas.wire` puts these types on a socket
+and `gateway.errors` holds the one table that maps the tree to HTTP.
+
+    SignalboxError
+    ├── RequestError                 the caller's fault; never retried
+    │   ├── InvalidRequest           a field is wrong (`param` names it)
+    │   ├── ContextLengthExceeded    prompt + max_tokens do not fit (message holds both counts)
+    │   ├── NotSupported             a feature that is not built (`param` names it)
+    │   ├── AuthenticationFailed     no key, or a wrong or revoked one
+    │   ├── ModelNotFound            no model of that name behind this door
+    │   └── PayloadTooLarge          body over the limit
+    ├── Unavailable                  not now; may be tried elsewhere while no token has been sent
+    │   ├── QueueFull                the engine's bounded queue is full (`retry_after_s`)
+    │   ├── ReplicaDraining          the replica takes no new work
+    │   ├── ReplicaLost              its process or connection died
+    │   └── NoReplica                no replica of the model is ready
+    ├── EngineFault                  our bug or the machine's; the request is lost, the process may live
+    └── ConfigError                  refused at start: fleet file, checkpoint, unsupported architecture
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+
+class SignalboxError(Exception):
+    """Root of every error that Signalbox raises on purpose.
+
+    `message` is safe to show to the caller: it never holds prompt text, paths or keys.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+
+class RequestError(SignalboxError):
+    """The caller's mistake; the same request would fail again."""
+
+
+class InvalidRequest(RequestError):
+    pass
+
+
+class ContextLengthExceeded(RequestError):
+    pass
+
+
+class NotSupported(RequestError):
+    pass
+
+
+class AuthenticationFailed(RequestError):
+    pass
+
+
+class ModelNotFound(RequestError):
+    pass
+
+
+class PayloadTooLarge(RequestError):
+    pass
+
+
+class Unavailable(SignalboxError):
+    """Not now, not here. The gateway may try another replica as long as the client has seen no token."""
+
+
+class QueueFull(Unavailable):
+    pass
+
+
+class ReplicaDraining(Unavailable):
+    pass
+
+
+class ReplicaLost(Unavailable):
+    pass
+
+
+class NoReplica(Unavailable):
+    pass
+
+
+class EngineFault(SignalboxError):
+    pass
+
+
+class ConfigError(SignalboxError):
+    pass
+
+
+# What may cross the wire, by class name; a name from a newer peer falls back to EngineFault.
+ERRORS: Mapping[str, type[SignalboxError]] = {
+    cls.__name__: cls
+    for cls in (
+        InvalidRequest,
+        ContextLengthExceeded,
+        NotSupported,
+        ModelNotFound,
+        QueueFull,
+        ReplicaDraining,
+        ReplicaLost,
+        NoReplica,
+        EngineFault,
+        ConfigError,
+    )
+}
+
+
+class FinishReason(StrEnum):
+    """Why one choice ended. ABORT never reaches a client: nobody is listening any more."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to choose tokens; names and meanings are vLLM's.
+
+    Neutral values switch a feature off: temperature 0 is greedy (top_p, top_k, min_p and seed are then without
+    effect), top_k 0 and top_p 1 keep the whole vocabulary. Penalties see prompt and output (repetition) or output only
+    (presence, frequency), before temperature. `logprobs`: None for none, 0 for the chosen token's, k for the k most
+    likely too; they are raw (before bias, penalties and temperature). `logit_bias` holds (token id, bias) pairs.
+    `validate()` raises InvalidRequest naming the field.
+    """
+
+    n: int = 1
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def validate(self) -> None:
+        for name, low, high in _RANGES:
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:  # NaN fails both comparisons
+                raise InvalidRequest(f"{name} must be between {low} and {high}, got {value!r}", param=name)
+        if self.top_p == 0:
+            raise InvalidRequest("top_p must be greater than 0", param="top_p")
+        if self.repetition_penalty == 0:
+            raise InvalidRequest("repetition_penalty must be greater than 0", param="repetition_penalty")
+        if self.min_tokens > self.max_tokens:
+            raise InvalidRequest(
+                f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})", param="min_tokens"
+            )
+        if any(not text for text in self.stop):
+            raise InvalidRequest("stop must not contain an empty string", param="stop")
+        if any(not -100 <= bias <= 100 for _, bias in self.logit_bias):
+            raise InvalidRequest("logit_bias values must be between -100 and 100", param="logit_bias")
+
+
+_RANGES: tuple[tuple[str, float, float], ...] = (
+    ("n", 1, 128),
+    ("max_tokens", 1, 2**31 - 1),
+    ("min_tokens", 0, 2**31 - 1),
+    ("temperature", 0, 100),
+    ("top_p", 0, 1),
+    ("top_k", 0, 2**31 - 1),
+    ("min_p", 0, 1),
+    ("seed", -(2**63), 2**63 - 1),
+    ("presence_penalty", -2, 2),
+    ("frequency_penalty", -2, 2),
+    ("repetition_penalty", 0, 100),
+    ("logprobs", 0, 20),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest:
+    """One prompt to continue, as the engine sees it.
+
+    `tenant` salts the prefix cache: requests of different tenants never share blocks ("" is a tenant too).
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    tenant: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token's raw log-probability. `token` is the token's own bytes, which need not be whole UTF-8 characters."""
+
+    token_id: int
+    token: bytes
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Tokens of one request, all of its n choices together; cached_tokens is the part of prompt_tokens not computed."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """What one engine step brought for one choice of one request.
+
+    `text` may be empty while a character or a possible stop string is incomplete; `token_ids` then still counts.
+    `finish_reason` ends choice `index`. `usage` is set on exactly one chunk, the last of the request: it is the
+    terminal event. `error` is the other terminal event; it stands alone.
+    """
+
+    request_id: str
+    index: int = 0
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    error: SignalboxError | None = None
+
+    @property
+    def terminal(self) -> bool:
+        return self.usage is not None or self.error is not None
+
+
+class ReplicaState(StrEnum):
+    READY = "ready"
+    DRAINING = "draining"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """An engine's load and counters at one instant. Rates are measured by the engine itself; 0 means not yet known.
+
+    queued_tokens: prompt tokens accepted but not yet computed and not found in the cache.
+    kv_blocks_free: blocks nobody references, cached ones included.
+    prefill_rate: prompt tokens a second while prefilling. decode_step_s: seconds of a step without prefill.
+    block_release_rate: blocks returned to the pool a second while busy.
+    Counters only grow: prefix_cache_queries/hits and *_tokens count tokens, the others events.
+    """
+
+    num_requests_running: int = 0
+    num_requests_waiting: int = 0
+    queued_tokens: int = 0
+    kv_blocks_total: int = 0
+    kv_blocks_free: int = 0
+    prefill_rate: float = 0.0
+    decode_step_s: float = 0.0
+    block_release_rate: float = 0.0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
+    num_preemptions: int = 0
+    steps: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaStatus:
+    """What a replica publishes of itself after every few steps.
+
+    `incarnation` is new with every process start; frames of an old one are dropped. `admitted` maps a gateway's id to
+    the last sequence number of its submissions that the numbers in `stats` include.
+    """
+
+    replica_id: str
+    incarnation: str
+    model: str
+    state: ReplicaState
+    stats: EngineStats
+    admitted: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVEvent:
+    """A change of a replica's prefix cache, in the order it happened.
+
+    kind "stored": `hashes` are now cached, each the successor of the one before, the first of `parent` (b"" = root).
+    kind "removed": `hashes` are gone. kind "cleared": everything is gone.
+    Hashes are blake2b-128 over (parent hash, token ids as int32 little-endian).
+    """
+
+    kind: str
+    hashes: tuple[bytes, ...] = ()
+    parent: bytes = b""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCard:
+    """What a gateway must know of a model to speak for it; a replica answers `describe` with it.
+
+    `tokenizer_json` is the file's content as Hugging Face `tokenizers` reads it; `chat_template` is Jinja source or ""
+    (then /v1/chat/completions is not supported). `special_tokens` has bos_token, eos_token, … for the template.
+    `revision` identifies the weights: it is part of the prefix-hash root and of system_fingerprint.
+    """
+
+    model: str
+    revision: str
+    max_model_len: int
+    vocab_size: int
+    block_size: int
+    tokenizer_json: bytes
+    chat_template: str
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    add_bos: bool = False
+    eos_token_ids: tuple[int, ...] = ()
+    default_max_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaAddress:
+    """Where one incarnation of a replica listens. Endpoints are zmq's, e.g. "tcp://127.0.0.1:5555"."""
+
+    replica_id: str
+    incarnation: str
+    model: str
+    endpoint: str
+    events_endpoint: str
+
+
+class TokenEngine(Protocol):
+    """What a replica drives, one thread only: the torch engine and the fake engine both are one.
+
+    Every request that `add` accepts ends in exactly one terminal Chunk from `step`, unless it is aborted first;
+    an aborted request yields nothing more. `wait_s` is how long `step` would have nothing to bring although
+    `has_work()`; a real engine answers 0.
+    """
+
+    @property
+    def card(self) -> ModelCard: ...
+    def add(self, request: GenerateRequest) -> None:
+        """Accept or raise RequestError / QueueFull; an id that is already running is InvalidRequest."""
+        ...
+
+    def abort(self, request_id: str) -> bool: ...
+    def has_work(self) -> bool: ...
+    def wait_s(self) -> float: ...
+    def step(self) -> list[Chunk]: ...
+    def stats(self) -> EngineStats: ...
+    def take_events(self) -> list[KVEvent]:
+        """KV events since the last call, oldest first."""
+        ...
+
+    def check_integrity(self) -> None: ...
+
+
+def error_from_name(
+    name: str, message: str, *, param: str | None = None, retry_after_s: float | None = None
+) -> SignalboxError:
+    """Rebuild an error that crossed the wire; unknown names become EngineFault."""
+    return ERRORS.get(name, EngineFault)(message, param=param, retry_after_s=retry_after_s)
