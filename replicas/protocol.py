@@ -22,9 +22,11 @@ and `gateway.errors` holds the one table that maps the tree to HTTP.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from hashlib import blake2b
 from typing import Protocol
 
 
@@ -293,9 +295,10 @@ class ReplicaStatus:
 class KVEvent:
     """A change of a replica's prefix cache, in the order it happened.
 
-    kind "stored": `hashes` are now cached, each the successor of the one before, the first of `parent` (b"" = root).
+    kind "stored": `hashes` are now cached, each the successor of the one before, the first of `parent` (a
+    block's hash or a `prefix_root`).
     kind "removed": `hashes` are gone. kind "cleared": everything is gone.
-    Hashes are blake2b-128 over (parent hash, token ids as int32 little-endian).
+    Hashes are those of `block_hash`.
     """
 
     kind: str
@@ -360,6 +363,16 @@ class TokenEngine(Protocol):
         ...
 
     def check_integrity(self) -> None: ...
+
+
+def prefix_root(tenant: str, revision: str, kv_format: str = "") -> bytes:
+    """The hash that stands before a prompt's first block: nothing is shared between tenants, weights or KV formats."""
+    return blake2b("\0".join((tenant, revision, kv_format)).encode(), digest_size=16).digest()
+
+
+def block_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
+    """blake2b-128 of the parent's hash and one full block's token ids, each an int32 in native (little-endian) order."""
+    return blake2b(parent + array("i", token_ids).tobytes(), digest_size=16).digest()
 
 
 def error_from_name(

@@ -1,0 +1,191 @@
+"""The KV block pool: who holds which block, and which cached prefix lives where. Knows no tensors.
+
+A block is in one of three states:
+
+    held      refs > 0                          in nobody's list
+    cached    refs == 0, hash known             in the free list, still found by `match`
+    blank     refs == 0, no hash                in the free list
+
+The free list is a doubly linked list threaded through two int arrays (index num_blocks is the sentinel), so taking the
+head, returning to the tail and pulling a cached block out of the middle are all O(1). Its order is the LRU order:
+`release` returns a sequence's blocks tail first, so of one prefix the far end is evicted before the near end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from replicas.protocol import KVEvent
+
+
+@dataclass(slots=True)
+class Block:
+    """refs: sequences that hold it. hash: set once full and cached; parent and token_ids then tell what it stands for."""
+
+    refs: int = 0
+    hash: bytes | None = None
+    parent: bytes = b""
+    token_ids: tuple[int, ...] = ()
+
+
+class BlockPool:
+    def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True) -> None:
+        assert num_blocks > 0 and block_size > 0, f"pool of {num_blocks} blocks of {block_size} tokens"
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.enable_prefix_caching = enable_prefix_caching
+        self.num_free = num_blocks
+        self.released = 0  # blocks ever returned: the engine turns it into a rate
+        self._blocks = [Block() for _ in range(num_blocks)]
+        self._cached: dict[bytes, int] = {}
+        self._events: list[KVEvent] = []
+        end = num_blocks
+        self._next = [*range(1, num_blocks + 1), 0]
+        self._prev = [end, *range(num_blocks)]
+
+    # ---------------------------------------------------------------- taking and returning
+
+    def allocate(self, count: int) -> list[int]:
+        """Take `count` blocks, least recently used first, evicting what they cached. Caller checked `num_free`."""
+        assert count <= self.num_free, f"asked for {count} blocks, {self.num_free} are free"
+        taken = []
+        for _ in range(count):
+            block_id = self._next[self.num_blocks]
+            self._unlink(block_id)
+            self._forget(block_id)
+            self._blocks[block_id].refs = 1
+            taken.append(block_id)
+        return taken
+
+    def acquire(self, block_ids: Sequence[int]) -> None:
+        """Add one holder to each block: a cache hit, or a fork that shares its parent's blocks."""
+        for block_id in block_ids:
+            block = self._blocks[block_id]
+            if block.refs == 0:
+                self._unlink(block_id)
+            block.refs += 1
+
+    def release(self, block_ids: Sequence[int]) -> None:
+        """Drop one holder from each block of a sequence, last block first (see the module's LRU order)."""
+        for block_id in reversed(block_ids):
+            block = self._blocks[block_id]
+            assert block.refs > 0, f"block {block_id} released more often than held"
+            block.refs -= 1
+            if block.refs == 0:
+                self._link_last(block_id)
+                self.released += 1
+
+    def is_shared(self, block_id: int) -> bool:
+        return self._blocks[block_id].refs > 1
+
+    def refs(self, block_id: int) -> int:
+        return self._blocks[block_id].refs
+
+    # ---------------------------------------------------------------- the prefix cache
+
+    def match(self, parent: bytes, hashes: Sequence[bytes], token_ids: Sequence[int]) -> list[int]:
+        """Ids of the cached blocks that hold the longest prefix of `token_ids`; nothing is acquired.
+
+        hashes[i] belongs to token_ids[i * block_size : (i + 1) * block_size]. The stored tokens are compared: a hash
+        collision is a miss, never another prompt's keys and values.
+        """
+        found: list[int] = []
+        if not self.enable_prefix_caching:
+            return found
+        for i, digest in enumerate(hashes):
+            block_id = self._cached.get(digest)
+            if block_id is None:
+                break
+            block = self._blocks[block_id]
+            mine = tuple(token_ids[i * self.block_size : (i + 1) * self.block_size])
+            if block.parent != parent or block.token_ids != mine:
+                break
+            found.append(block_id)
+            parent = digest
+        return found
+
+    def store(self, block_ids: Sequence[int], parent: bytes, hashes: Sequence[bytes], token_ids: Sequence[int]) -> None:
+        """Make full blocks findable. A prefix that is cached elsewhere already stays there; ours remains private."""
+        if not self.enable_prefix_caching:
+            return
+        fresh: list[bytes] = []
+        first_parent = parent
+        for i, (block_id, digest) in enumerate(zip(block_ids, hashes, strict=True)):
+            block = self._blocks[block_id]
+            assert block.refs > 0, f"block {block_id} is stored but nobody holds it"
+            if digest in self._cached or block.hash is not None:
+                self._emit_stored(first_parent, fresh)
+                first_parent, fresh = digest, []
+            else:
+                block.hash, block.parent = digest, parent
+                block.token_ids = tuple(token_ids[i * self.block_size : (i + 1) * self.block_size])
+                self._cached[digest] = block_id
+                fresh.append(digest)
+            parent = digest
+        self._emit_stored(first_parent, fresh)
+
+    def clear_cache(self) -> None:
+        """Forget every cached prefix; blocks that sequences hold stay theirs."""
+        for block_id in self._cached.values():
+            self._blank(block_id)
+        self._cached.clear()
+        self._events.append(KVEvent(kind="cleared"))
+
+    def take_events(self) -> list[KVEvent]:
+        events, self._events = self._events, []
+        return events
+
+    def check_integrity(self, holders: Sequence[Sequence[int]]) -> None:
+        """Recount everything against `holders` (the block lists of all live sequences); AssertionError if it is off."""
+        counts = [0] * self.num_blocks
+        for block_ids in holders:
+            for block_id in block_ids:
+                counts[block_id] += 1
+        free = self._walk()
+        for block_id, block in enumerate(self._blocks):
+            assert block.refs == counts[block_id], f"block {block_id}: refs {block.refs}, held by {counts[block_id]}"
+            assert (block.refs == 0) == (block_id in free), f"block {block_id}: refs {block.refs}, wrong list"
+            if block.hash is not None:
+                assert self._cached.get(block.hash) == block_id, f"block {block_id} has a hash that leads elsewhere"
+                assert len(block.token_ids) == self.block_size, f"block {block_id} is cached but not full"
+        assert len(free) == self.num_free, f"{len(free)} blocks in the free list, {self.num_free} counted"
+        assert sum(b.hash is not None for b in self._blocks) == len(self._cached), "a cached hash leads to a blank block"
+
+    # ---------------------------------------------------------------- the linked list
+
+    def _walk(self) -> set[int]:
+        seen: set[int] = set()
+        block_id = self._next[self.num_blocks]
+        while block_id != self.num_blocks:
+            assert block_id not in seen, "the free list has a cycle"
+            seen.add(block_id)
+            block_id = self._next[block_id]
+        return seen
+
+    def _unlink(self, block_id: int) -> None:
+        before, after = self._prev[block_id], self._next[block_id]
+        self._next[before], self._prev[after] = after, before
+        self.num_free -= 1
+
+    def _link_last(self, block_id: int) -> None:
+        end = self.num_blocks
+        last = self._prev[end]
+        self._next[last] = self._prev[end] = block_id
+        self._prev[block_id], self._next[block_id] = last, end
+        self.num_free += 1
+
+    def _forget(self, block_id: int) -> None:
+        digest = self._blocks[block_id].hash
+        if digest is not None:
+            del self._cached[digest]
+            self._blank(block_id)
+            self._events.append(KVEvent(kind="removed", hashes=(digest,)))
+
+    def _blank(self, block_id: int) -> None:
+        block = self._blocks[block_id]
+        block.hash, block.parent, block.token_ids = None, b"", ()
+
+    def _emit_stored(self, parent: bytes, hashes: list[bytes]) -> None:
+        if hashes:
+            self._events.append(KVEvent(kind="stored", hashes=tuple(hashes), parent=parent))

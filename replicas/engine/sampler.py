@@ -1,0 +1,191 @@
+"""From logits to tokens, the whole batch at once.
+
+Order, as vLLM has it: raw log-probabilities are taken first; then logit_bias, min_tokens, penalties, temperature,
+min_p, top_k, top_p; then one token a row by inverting the cumulative distribution at one uniform number. That number
+is a hash of (seed, choice, position) and of nothing else, so a seeded request draws the same tokens whatever shares
+its batch, and preemption changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from replicas.engine.sequence import Sequence
+
+_MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One row's token; `logprob` and `top` ((token id, logprob), best first) only where the request wants them."""
+
+    token_id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def uniform(seed: int, index: int, position: int) -> float:
+    """A number in [0, 1) from a 64-bit mix of its arguments (the SplitMix64 finaliser, Steele et al. 2014)."""
+    x = (seed * 0x9E3779B97F4A7C15 + index * 0xD1B54A32D192ED03 + position * 0x8CB92BA72F3D8DD7) & _MASK
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = ((x ^ (x >> shift)) * factor) & _MASK
+    # A second round: seeds and positions are small, consecutive numbers.
+    x = ((x ^ (x >> 31)) + 0x9E3779B97F4A7C15) & _MASK
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = ((x ^ (x >> shift)) * factor) & _MASK
+    return float((x ^ (x >> 31)) >> 11) * 2.0**-53
+
+
+class Sampler:
+    """eos_token_ids: what `min_tokens` forbids beside the request's own stop_token_ids."""
+
+    def __init__(self, eos_token_ids: Seq[int]) -> None:
+        self._eos = tuple(eos_token_ids)
+
+    def __call__(self, logits: Tensor, rows: Seq[Sequence]) -> list[Sampled]:
+        """logits: float32 [R, V], row i for the next token of rows[i]; it may be overwritten. Returns R results."""
+        raw = self._raw_logprobs(logits, rows)
+        logits = self._apply_edits(logits, rows)
+        chosen = logits.argmax(dim=-1)
+        drawn = [i for i, seq in enumerate(rows) if seq.sampling.temperature > 0]
+        if drawn:
+            picked = logits if len(drawn) == len(rows) else logits[drawn]
+            chosen[drawn] = self._draw(picked, [rows[i] for i in drawn])
+        tokens: list[int] = chosen.tolist()
+        return self._with_logprobs(tokens, raw, rows)
+
+    # ---------------------------------------------------------------- logprobs
+
+    def _raw_logprobs(self, logits: Tensor, rows: Seq[Sequence]) -> tuple[list[int], Tensor] | None:
+        wanted = [i for i, seq in enumerate(rows) if seq.sampling.logprobs is not None]
+        return (wanted, torch.log_softmax(logits[wanted].float(), dim=-1)) if wanted else None
+
+    def _with_logprobs(
+        self, tokens: list[int], raw: tuple[list[int], Tensor] | None, rows: Seq[Sequence]
+    ) -> list[Sampled]:
+        sampled = [Sampled(token) for token in tokens]
+        if raw is None:
+            return sampled
+        wanted, logprobs = raw
+        most = max(rows[i].sampling.logprobs or 0 for i in wanted)
+        values, ids = (t.tolist() for t in logprobs.topk(most, dim=-1)) if most else ([()] * len(wanted),) * 2
+        own = logprobs[range(len(wanted)), [tokens[i] for i in wanted]].tolist()
+        for at, i in enumerate(wanted):
+            count = rows[i].sampling.logprobs or 0
+            top = tuple(zip(ids[at][:count], values[at][:count], strict=True))
+            sampled[i] = Sampled(tokens[i], own[at], top)
+        return sampled
+
+    # ---------------------------------------------------------------- edits of the logits
+
+    def _apply_edits(self, logits: Tensor, rows: Seq[Sequence]) -> Tensor:
+        edited: list[tuple[int, int, float]] = []
+        banned: list[tuple[int, int]] = []
+        penalised: list[int] = []
+        for i, seq in enumerate(rows):
+            params = seq.sampling
+            edited += [(i, token, bias) for token, bias in params.logit_bias]
+            if seq.num_output < params.min_tokens:
+                stops = params.stop_token_ids if params.ignore_eos else (*self._eos, *params.stop_token_ids)
+                banned += [(i, token) for token in stops]
+            if params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty:
+                penalised.append(i)
+        if edited:
+            at = tuple(torch.tensor(x, device=logits.device) for x in zip(*((r, t) for r, t, _ in edited), strict=True))
+            bias = torch.tensor([b for _, _, b in edited], dtype=logits.dtype, device=logits.device)
+            logits = logits.index_put(at, bias, accumulate=True)
+        if banned:
+            at = tuple(torch.tensor(x, device=logits.device) for x in zip(*banned, strict=True))
+            logits = logits.index_put(at, torch.tensor(float("-inf"), device=logits.device))
+        if penalised:
+            logits = logits.clone()
+            logits[penalised] = self._penalise(logits[penalised], [rows[i] for i in penalised])
+        return logits
+
+    def _penalise(self, logits: Tensor, rows: Seq[Sequence]) -> Tensor:
+        """Repetition divides positive and multiplies negative logits of seen tokens (Keskar et al. 2019); presence and
+        frequency subtract per output token (OpenAI)."""
+
+        def counts(token_lists: list[list[int]]) -> Tensor:
+            table = torch.zeros(logits.shape, device=logits.device)
+            at = [(i, token) for i, tokens in enumerate(token_lists) for token in tokens]
+            if at:
+                where = torch.tensor(at, device=logits.device).unbind(dim=1)
+                table.index_put_(where, torch.ones(len(at), device=logits.device), accumulate=True)
+            return table
+
+        def column(name: str) -> Tensor:
+            values = [getattr(seq.sampling, name) for seq in rows]
+            return torch.tensor(values, dtype=logits.dtype, device=logits.device).unsqueeze(1)
+
+        seen = counts([seq.tokens for seq in rows]) > 0
+        penalty = column("repetition_penalty")
+        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+        output = counts([seq.output for seq in rows])
+        return logits - output * column("frequency_penalty") - (output > 0) * column("presence_penalty")
+
+    # ---------------------------------------------------------------- drawing
+
+    def _draw(self, logits: Tensor, rows: Seq[Sequence]) -> Tensor:
+        device = logits.device
+
+        def column(values: list[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=device).unsqueeze(1)
+
+        logits = logits / column([seq.sampling.temperature for seq in rows])
+        u = torch.tensor(
+            [uniform(seq.seed, seq.index, seq.num_output) for seq in rows], dtype=torch.float64, device=device
+        ).unsqueeze(1)
+        if any(seq.sampling.min_p > 0 for seq in rows):
+            # p < min_p * p_max, in logits: log p - log p_max = logit - max logit. log 0 = -inf keeps everything.
+            floor = logits.amax(dim=-1, keepdim=True) + column([seq.sampling.min_p for seq in rows]).log()
+            logits = logits.masked_fill(logits < floor, float("-inf"))
+        vocab = logits.shape[-1]
+        top_k = torch.tensor([min(seq.sampling.top_k or vocab, vocab) for seq in rows], device=device).unsqueeze(1)
+        top_p = torch.tensor([seq.sampling.top_p for seq in rows], dtype=torch.float64, device=device).unsqueeze(1)
+        # Each row takes the path that its own settings choose: a neighbour must not change what a seed draws.
+        limited = ((top_k < vocab) | (top_p < 1)).squeeze(1)
+        if not limited.any():
+            return self._draw_whole(logits, u)
+        if limited.all():
+            return self._draw_limited(logits, top_k, top_p, u)
+        chosen = torch.empty(len(rows), dtype=torch.int64, device=device)
+        chosen[~limited] = self._draw_whole(logits[~limited], u[~limited])
+        chosen[limited] = self._draw_limited(logits[limited], top_k[limited], top_p[limited], u[limited])
+        return chosen
+
+    def _draw_whole(self, logits: Tensor, u: Tensor) -> Tensor:
+        return self._invert(torch.softmax(logits, dim=-1, dtype=torch.float64), u)
+
+    def _draw_limited(self, logits: Tensor, top_k: Tensor, top_p: Tensor, u: Tensor, width: int = 1024) -> Tensor:
+        """Draw from the top_k likeliest tokens, of those from the smallest set whose mass reaches top_p.
+
+        Both are prefixes of the sorted row. Sorting 50,000 logits costs as much as a layer, so only the first `width`
+        are put in order; rows that turn out to need more are done again, sorted whole.
+        """
+        vocab = logits.shape[-1]
+        width = min(width, vocab)
+        values, ids = logits.topk(width, dim=-1)
+        values = values.double().masked_fill(torch.arange(width, device=logits.device) >= top_k, float("-inf"))
+        whole = torch.logsumexp(logits.double(), dim=-1, keepdim=True)
+        total = torch.where(top_k <= width, torch.logsumexp(values, dim=-1, keepdim=True), whole)
+        probs = (values - total).exp()
+        mass = probs.cumsum(dim=-1)
+        enough = ((top_k <= width) | ((top_k == vocab) & (mass[:, -1:] >= top_p))).squeeze(1)
+        # Drop a token when the mass before it has reached top_p already; the first always stays.
+        probs = probs.masked_fill((mass - probs >= top_p) & (top_p < 1), 0.0)
+        chosen: Tensor = ids.gather(1, self._invert(probs, u).unsqueeze(1)).squeeze(1)
+        if not enough.all():
+            rest = ~enough
+            chosen[rest] = self._draw_limited(logits[rest], top_k[rest], top_p[rest], u[rest], width=vocab)
+        return chosen
+
+    @staticmethod
+    def _invert(probs: Tensor, u: Tensor) -> Tensor:
+        """The first index whose cumulative mass exceeds u times the total: never one of probability 0."""
+        mass = probs.cumsum(dim=-1)
+        return torch.searchsorted(mass, u * mass[:, -1:], right=True).squeeze(1).clamp_(max=probs.shape[-1] - 1)

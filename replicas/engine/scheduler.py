@@ -1,0 +1,190 @@
+"""Decides what the next step computes: a list of (sequence, number of tokens). There is no prefill or decode phase.
+
+Running sequences go first, oldest first, each with all the tokens it still lacks (a decode lacks one) up to the step's
+token budget; then waiting ones are admitted, a prompt only as a whole: all its blocks at once, with a watermark left
+over, so that preemption stays rare. When a running sequence finds no block, the youngest gives up all of its own
+(LIFO) and is computed again later: its full blocks stay in the cache while nobody needs them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from replicas.engine.blocks import BlockPool
+from replicas.engine.sequence import Group, Sequence
+
+
+@dataclass(slots=True)
+class Step:
+    """items: (sequence, tokens to compute), never empty in a step that is run.
+
+    copies: (source, destination) blocks whose contents must be copied before the step writes anything.
+    """
+
+    items: list[tuple[Sequence, int]] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    num_prefill_tokens: int = 0
+
+
+class Scheduler:
+    def __init__(self, pool: BlockPool, *, max_num_seqs: int, max_num_batched_tokens: int, watermark: float) -> None:
+        self.pool = pool
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.watermark_blocks = int(watermark * pool.num_blocks)
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+        self.prefix_queries = 0
+        self.prefix_hits = 0
+
+    # ---------------------------------------------------------------- the step
+
+    def schedule(self) -> Step:
+        step = Step()
+        preemptions = self.num_preemptions
+        budget = self._extend_running(step, self.max_num_batched_tokens)
+        if self.num_preemptions == preemptions:  # else the victim's blocks would go straight back to it
+            self._admit_waiting(step, budget)
+        return step
+
+    def _extend_running(self, step: Step, budget: int) -> int:
+        i = 0
+        while i < len(self.running) and budget > 0:
+            seq = self.running[i]
+            count = min(seq.num_tokens - seq.num_computed, budget)
+            while not self._can_extend(seq, count):
+                # Victims come from the end of the list, so nothing that this step already holds is ever taken back.
+                victim = self._preempt_youngest(keep=seq)
+                if victim is seq:
+                    return budget
+            self._extend(step, seq, count)
+            budget -= count
+            i += 1
+        return budget
+
+    def _admit_waiting(self, step: Step, budget: int) -> None:
+        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
+            seq = self.waiting[0]
+            if not self._allocate_prompt(seq):
+                if self.running or not self._reclaim_from_waiting(keep=seq):
+                    return
+                continue
+            self.waiting.popleft()
+            self.running.append(seq)
+            count = min(seq.num_tokens - seq.num_computed, budget)
+            self._extend(step, seq, count)
+            budget -= count
+
+    def _allocate_prompt(self, seq: Sequence) -> bool:
+        """All blocks that `seq` needs to compute its known tokens, cached ones first; False leaves all as it was."""
+        size = self.pool.block_size
+        hits: list[int] = []
+        if not seq.blocks and self.pool.enable_prefix_caching:
+            # At least one token must be computed, or there would be no logits to sample from.
+            usable = (seq.num_tokens - 1) // size
+            hits = self.pool.match(seq.root, seq.extend_hashes(size)[:usable], seq.tokens)
+        needed = -(-seq.num_tokens // size) - len(seq.blocks) - len(hits) + self._copies_needed(seq)
+        free = self.pool.num_free - sum(self.pool.refs(b) == 0 for b in hits)
+        if needed > free - (self.watermark_blocks if self.running else 0):
+            return False
+        self.pool.acquire(hits)
+        seq.blocks += hits
+        seq.num_computed = max(seq.num_computed, len(hits) * size)
+        seq.stored = max(seq.stored, len(hits))
+        seq.blocks += self.pool.allocate(needed - self._copies_needed(seq))
+        if not seq.admitted:
+            seq.admitted = True
+            seq.num_cached = seq.num_computed
+            if seq.index == 0:
+                self.prefix_queries += seq.num_tokens
+                self.prefix_hits += seq.num_cached
+        return True
+
+    def _extend(self, step: Step, seq: Sequence, count: int) -> None:
+        """Put `count` tokens of `seq` into the step: blocks for them, private ones where they write."""
+        size = self.pool.block_size
+        missing = -(-(seq.num_computed + count) // size) - len(seq.blocks)
+        if missing > 0:
+            seq.blocks += self.pool.allocate(missing)
+        first = seq.num_computed // size
+        if self.pool.is_shared(seq.blocks[first]):
+            # Only the first block written can be shared: what follows it was allocated for this sequence alone.
+            [fresh] = self.pool.allocate(1)
+            step.copies.append((seq.blocks[first], fresh))
+            self.pool.release([seq.blocks[first]])
+            seq.blocks[first] = fresh
+            seq.dirty_from = min(seq.dirty_from, first)
+        step.items.append((seq, count))
+        if count > 1 or seq.num_computed + 1 < seq.num_tokens:
+            step.num_prefill_tokens += count
+        self._store_full_blocks(seq, seq.num_computed + count)
+
+    def _store_full_blocks(self, seq: Sequence, num_known: int) -> None:
+        """Offer blocks to the cache as soon as a step that fills them is scheduled.
+
+        Every attention backend writes a whole step's keys and values before any query reads, so a sequence admitted
+        later into the same step may already share them.
+        """
+        size = self.pool.block_size
+        full = num_known // size
+        if full > seq.stored and self.pool.enable_prefix_caching:
+            hashes = seq.extend_hashes(size)
+            parent = hashes[seq.stored - 1] if seq.stored else seq.root
+            tokens = seq.tokens[seq.stored * size : full * size]
+            self.pool.store(seq.blocks[seq.stored : full], parent, hashes[seq.stored : full], tokens)
+            seq.stored = full
+
+    def _copies_needed(self, seq: Sequence) -> int:
+        first = seq.num_computed // self.pool.block_size
+        return int(first < len(seq.blocks) and self.pool.is_shared(seq.blocks[first]))
+
+    def _can_extend(self, seq: Sequence, count: int) -> bool:
+        blocks = -(-(seq.num_computed + count) // self.pool.block_size)
+        return max(blocks - len(seq.blocks), 0) + self._copies_needed(seq) <= self.pool.num_free
+
+    # ---------------------------------------------------------------- giving back
+
+    def _preempt_youngest(self, keep: Sequence) -> Sequence:
+        """Free some blocks: of a waiting fork if one holds any, else of the youngest running sequence, maybe `keep`."""
+        waiting = self._reclaim_from_waiting(keep=keep)
+        if waiting is not None:
+            return waiting
+        victim = self.running.pop()
+        self.pool.release(victim.forget_blocks())
+        self.waiting.appendleft(victim)
+        self.num_preemptions += 1
+        return victim
+
+    def _reclaim_from_waiting(self, keep: Sequence) -> Sequence | None:
+        """Forks wait with their parent's blocks in hand; the last in line gives them up when others cannot go on."""
+        for seq in reversed(self.waiting):
+            if seq.blocks and seq is not keep:
+                self.pool.release(seq.forget_blocks())
+                return seq
+        return None
+
+    def fork(self, group: Group, parent: Sequence) -> None:
+        """Let the other choices continue from `parent`'s computed prompt: all blocks shared, copied on first write.
+
+        They compute the prompt's last token once more, to have logits of their own to sample from.
+        """
+        num_blocks = -(-parent.num_prompt // self.pool.block_size)
+        for seq in reversed(group.unforked):
+            seq.blocks = parent.blocks[:num_blocks]
+            self.pool.acquire(seq.blocks)
+            seq.hashes = parent.hashes[: parent.num_prompt // self.pool.block_size]
+            seq.num_computed = parent.num_prompt - 1
+            seq.stored = parent.num_prompt // self.pool.block_size
+            seq.admitted = True
+            self.waiting.appendleft(seq)
+        group.unforked = []
+
+    def drop(self, seq: Sequence) -> None:
+        """Forget a finished or aborted sequence, wherever it is."""
+        if seq in self.running:
+            self.running.remove(seq)
+        elif seq in self.waiting:
+            self.waiting.remove(seq)
+        self.pool.release(seq.forget_blocks())

@@ -1,0 +1,72 @@
+"""One choice of one request on its way through the engine. Knows no tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from replicas.protocol import FinishReason, GenerateRequest, SamplingParams, block_hash
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """tokens: prompt then output. num_computed: how many of them have keys and values in `blocks`.
+
+    hashes: of the full blocks of `tokens`, extended as they fill, the first after `root`.
+    stored: how many of `blocks` were offered to the prefix cache.
+    dirty_from: first index of `blocks` that the engine has not copied into its block table yet; row: its row there.
+    """
+
+    request_id: str
+    index: int
+    tokens: list[int]
+    num_prompt: int
+    sampling: SamplingParams
+    seed: int
+    root: bytes
+    num_computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)
+    stored: int = 0
+    dirty_from: int = 0
+    row: int = -1
+    admitted: bool = False
+    num_cached: int = 0
+    queued_tokens: int = 0
+    finish_reason: FinishReason | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def output(self) -> list[int]:
+        return self.tokens[self.num_prompt :]
+
+    def extend_hashes(self, block_size: int) -> list[bytes]:
+        """Hash the blocks that have become full; returns the whole chain."""
+        hashes, tokens = self.hashes, self.tokens
+        parent = hashes[-1] if hashes else self.root
+        for start in range(len(hashes) * block_size, len(tokens) - block_size + 1, block_size):
+            parent = block_hash(parent, tokens[start : start + block_size])
+            hashes.append(parent)
+        return hashes
+
+    def forget_blocks(self) -> list[int]:
+        """Give up every block; the tokens will be computed again."""
+        blocks, self.blocks = self.blocks, []
+        self.num_computed = self.stored = self.dirty_from = 0
+        return blocks
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """A request and its n sequences. `unforked` wait for the first one to compute their common prompt."""
+
+    request: GenerateRequest
+    sequences: list[Sequence]
+    unforked: list[Sequence]
+    num_unfinished: int
