@@ -1,0 +1,185 @@
+"""The decoder: embeddings, attention and SwiGLU layers, head. Plain tensors, no modules, no state between steps.
+
+One step's tensors through one layer (T tokens, Hq query and Hk KV heads of size D, F inner units):
+
+    x [T, H] ─ norm ─ qkv ─ [T, (Hq + 2 Hk) D] ─ (norm per head) ─ rope ─ attention over the paged cache ─ o ─┐
+    residual ─────────────────────────────────────────────────────────────────────────────────────────────── + ─┐
+                                                 norm ─ gate_up [T, 2F] ─ silu(gate) · up ─ down ─────────── + ─▶
+
+The residual is added inside the next norm (`Ops.add_rms_norm`). The decoder knows neither requests nor block tables;
+how a product or an attention is computed is the business of `Ops` and `Attention`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from replicas.engine.attention import Attention, LayerCache
+from replicas.engine.batch import StepBatch
+from replicas.engine.config import EngineConfig
+from replicas.engine.model_config import ModelConfig
+from replicas.engine.ops import Linear, Ops
+from replicas.engine.weights import Checkpoint, open_checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    input_norm: Tensor
+    qkv: Linear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    o: Linear
+    post_norm: Tensor
+    gate_up: Linear
+    down: Linear
+    window: int | None
+
+
+class Decoder:
+    """A model's weights on one device and the function from a step's tokens to logits.
+
+    num_layers, num_kv_heads, head_dim: the shape of the cache it writes. weight_bytes: all weights as held, tied ones
+    once. max_model_len: positions its rotary table covers.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        ops: Ops,
+        attention: Attention,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_model_len: int | None = None,
+    ) -> None:
+        self.config = config = checkpoint.config
+        self.device, self.dtype, self.revision = device, dtype, checkpoint.revision
+        self.num_layers, self.num_kv_heads, self.head_dim = config.num_layers, config.num_kv_heads, config.head_dim
+        self.max_model_len = config.model_len(max_model_len)
+        self._ops, self._attention = ops, attention
+        self._scale = 1.0 / math.sqrt(config.head_dim)
+        with torch.inference_mode():
+            loader = _Loader(checkpoint, ops, device, dtype)
+            self._embedding = loader.tensor("model.embed_tokens.weight")
+            self._layers = [loader.layer(index) for index in range(config.num_layers)]
+            self._norm = loader.tensor("model.norm.weight")
+            if config.tie_word_embeddings:
+                self._head = ops.linear(self._embedding, None)
+            else:
+                self._head = loader.linear(["lm_head"], bias=False)
+            self._cos_sin = rope_table(config, self.max_model_len).to(device)
+        self.weight_bytes = loader.bytes_read
+
+    @classmethod
+    def load(
+        cls, config: EngineConfig, ops: Ops, attention: Attention, device: torch.device, dtype: torch.dtype
+    ) -> Decoder:
+        """Open `config.model` and load it; ConfigError if it is unsupported, incomplete or corrupt."""
+        return cls(open_checkpoint(config.model), ops, attention, device, dtype, config.max_model_len)
+
+    def flops_per_token(self, context_len: int = 0) -> int:
+        return self.config.flops_per_token(context_len)
+
+    @torch.inference_mode()
+    def forward(self, batch: StepBatch, caches: Sequence[LayerCache]) -> Tensor:
+        """Write every token's keys and values to `caches` (one a layer) and return logits, float32 [R, V], of
+        batch.logits_rows."""
+        ops, eps = self._ops, self.config.rms_norm_eps
+        residual = torch.nn.functional.embedding(batch.token_ids, self._embedding)
+        x = ops.rms_norm(residual, self._layers[0].input_norm, eps)
+        for index, (layer, cache) in enumerate(zip(self._layers, caches, strict=True)):
+            if index:
+                x, residual = ops.add_rms_norm(x, residual, layer.input_norm, eps)
+            x = self._attend(layer, x, cache, batch)
+            if index == self.num_layers - 1:
+                # All keys and values are written: only rows whose logits are wanted need to go on.
+                if not batch.logits_rows.numel():
+                    return torch.empty(0, self.config.vocab_size, device=self.device)
+                x, residual = x[batch.logits_rows], residual[batch.logits_rows]
+            x, residual = ops.add_rms_norm(layer.o(x), residual, layer.post_norm, eps)
+            x = layer.down(ops.silu_mul(layer.gate_up(x)))
+        x, _ = ops.add_rms_norm(x, residual, self._norm, eps)
+        return self._head(x).float()
+
+    def _attend(self, layer: _Layer, x: Tensor, cache: LayerCache, batch: StepBatch) -> Tensor:
+        config, eps = self.config, self.config.rms_norm_eps
+        q, k, v = torch.split(layer.qkv(x), [config.q_size, config.kv_size, config.kv_size], dim=-1)
+        q, k, v = (part.view(len(x), -1, config.head_dim) for part in (q, k, v))
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q = self._ops.rms_norm(q.contiguous(), layer.q_norm, eps)
+            k = self._ops.rms_norm(k.contiguous(), layer.k_norm, eps)
+        q, k = self._ops.rope(q, k, self._cos_sin, batch.positions)
+        return self._attention(q, k, v, cache, batch, scale=self._scale, window=layer.window).flatten(1)
+
+
+class _Loader:
+    """Moves tensors from a checkpoint to a device, fusing projections that read the same input."""
+
+    def __init__(self, checkpoint: Checkpoint, ops: Ops, device: torch.device, dtype: torch.dtype) -> None:
+        self._checkpoint, self._ops, self._device, self._dtype = checkpoint, ops, device, dtype
+        self.bytes_read = 0
+
+    def tensor(self, name: str) -> Tensor:
+        # copy=True: what the decoder holds must not be a view of the file, which someone may replace or truncate.
+        held = self._checkpoint.tensor(name).to(self._device, self._dtype, copy=True).contiguous()
+        self.bytes_read += held.nbytes
+        return held
+
+    def linear(self, names: list[str], *, bias: bool) -> Linear:
+        return self._ops.linear(self._rows(names, "weight"), self._rows(names, "bias") if bias else None)
+
+    def _rows(self, names: list[str], suffix: str) -> Tensor:
+        parts = [self._checkpoint.tensor(f"{name}.{suffix}") for name in names]
+        fused = torch.empty(
+            (sum(part.shape[0] for part in parts), *parts[0].shape[1:]), device=self._device, dtype=self._dtype
+        )
+        for part, rows in zip(parts, torch.split(fused, [part.shape[0] for part in parts]), strict=True):
+            rows.copy_(part)
+        self.bytes_read += fused.nbytes
+        return fused
+
+    def layer(self, index: int) -> _Layer:
+        config, prefix = self._checkpoint.config, f"model.layers.{index}."
+        attention = prefix + "self_attn."
+        return _Layer(
+            input_norm=self.tensor(prefix + "input_layernorm.weight"),
+            qkv=self.linear([f"{attention}{name}_proj" for name in "qkv"], bias=config.qkv_bias),
+            q_norm=self.tensor(attention + "q_norm.weight") if config.qk_norm else None,
+            k_norm=self.tensor(attention + "k_norm.weight") if config.qk_norm else None,
+            o=self.linear([attention + "o_proj"], bias=config.o_bias),
+            post_norm=self.tensor(prefix + "post_attention_layernorm.weight"),
+            gate_up=self.linear([prefix + "mlp.gate_proj", prefix + "mlp.up_proj"], bias=config.mlp_bias),
+            down=self.linear([prefix + "mlp.down_proj"], bias=config.mlp_bias),
+            window=config.windows[index],
+        )
+
+
+def rope_table(config: ModelConfig, positions: int) -> Tensor:
+    """float32 [positions, head_dim]: cosines of each frequency, then sines (Su et al. 2021, arXiv:2104.09864).
+
+    Computed in float32 on the CPU, as transformers does: at long positions another order of rounding shows.
+    """
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    freqs = _scale_rope(1.0 / config.rope_theta**exponents, config)
+    angles = torch.outer(torch.arange(positions, dtype=torch.float32), freqs)
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+def _scale_rope(freqs: Tensor, config: ModelConfig) -> Tensor:
+    scaling = config.rope_scaling
+    if scaling is None:
+        return freqs
+    if scaling.kind == "linear":
+        return freqs / scaling.factor
+    if scaling.kind == "factors":
+        return freqs / torch.tensor(scaling.factors)
+    assert scaling.kind == "llama3", f"ModelConfig let the rope scaling {scaling.kind!r} pass"
+    # How many turns a frequency makes within the training length decides how much it is slowed (Llama 3.1 model card).
+    turns = scaling.original_max_position * freqs / (2 * math.pi)
+    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    keep = keep.clamp(0.0, 1.0)
+    return (1 - keep) * freqs / scaling.factor + keep * freqs
