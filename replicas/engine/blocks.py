@@ -21,7 +21,7 @@ from replicas.protocol import KVEvent
 
 @dataclass(slots=True)
 class Block:
-    """refs: sequences that hold it. hash: set once full and cached; parent and token_ids then tell what it stands for."""
+    """refs: sequences that hold it. hash: set once full and cached; parent and token_ids then say what it holds."""
 
     refs: int = 0
     hash: bytes | None = None
@@ -31,7 +31,7 @@ class Block:
 
 class BlockPool:
     def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True) -> None:
-        assert num_blocks > 0 and block_size > 0, f"pool of {num_blocks} blocks of {block_size} tokens"
+        assert min(num_blocks, block_size) > 0, f"pool of {num_blocks} blocks of {block_size} tokens"
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
@@ -150,7 +150,9 @@ class BlockPool:
                 assert self._cached.get(block.hash) == block_id, f"block {block_id} has a hash that leads elsewhere"
                 assert len(block.token_ids) == self.block_size, f"block {block_id} is cached but not full"
         assert len(free) == self.num_free, f"{len(free)} blocks in the free list, {self.num_free} counted"
-        assert sum(b.hash is not None for b in self._blocks) == len(self._cached), "a cached hash leads to a blank block"
+        assert sum(b.hash is not None for b in self._blocks) == len(self._cached), (
+            "a cached hash leads to a blank block"
+        )
 
     # ---------------------------------------------------------------- the linked list
 

@@ -20,10 +20,12 @@ class Step:
     """items: (sequence, tokens to compute), never empty in a step that is run.
 
     copies: (source, destination) blocks whose contents must be copied before the step writes anything.
+    preempted: sequences that lost their place in the running set.
     """
 
     items: list[tuple[Sequence, int]] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)
     num_prefill_tokens: int = 0
 
 
@@ -43,9 +45,8 @@ class Scheduler:
 
     def schedule(self) -> Step:
         step = Step()
-        preemptions = self.num_preemptions
         budget = self._extend_running(step, self.max_num_batched_tokens)
-        if self.num_preemptions == preemptions:  # else the victim's blocks would go straight back to it
+        if not step.preempted:  # else the victim's blocks would go straight back to it
             self._admit_waiting(step, budget)
         return step
 
@@ -56,8 +57,9 @@ class Scheduler:
             count = min(seq.num_tokens - seq.num_computed, budget)
             while not self._can_extend(seq, count):
                 # Victims come from the end of the list, so nothing that this step already holds is ever taken back.
-                victim = self._preempt_youngest(keep=seq)
-                if victim is seq:
+                if self._reclaim_from_waiting(keep=seq):
+                    continue
+                if self._preempt_youngest(step) is seq:
                     return budget
             self._extend(step, seq, count)
             budget -= count
@@ -146,24 +148,21 @@ class Scheduler:
 
     # ---------------------------------------------------------------- giving back
 
-    def _preempt_youngest(self, keep: Sequence) -> Sequence:
-        """Free some blocks: of a waiting fork if one holds any, else of the youngest running sequence, maybe `keep`."""
-        waiting = self._reclaim_from_waiting(keep=keep)
-        if waiting is not None:
-            return waiting
+    def _preempt_youngest(self, step: Step) -> Sequence:
         victim = self.running.pop()
         self.pool.release(victim.forget_blocks())
         self.waiting.appendleft(victim)
+        step.preempted.append(victim)
         self.num_preemptions += 1
         return victim
 
-    def _reclaim_from_waiting(self, keep: Sequence) -> Sequence | None:
+    def _reclaim_from_waiting(self, keep: Sequence) -> bool:
         """Forks wait with their parent's blocks in hand; the last in line gives them up when others cannot go on."""
         for seq in reversed(self.waiting):
             if seq.blocks and seq is not keep:
                 self.pool.release(seq.forget_blocks())
-                return seq
-        return None
+                return True
+        return False
 
     def fork(self, group: Group, parent: Sequence) -> None:
         """Let the other choices continue from `parent`'s computed prompt: all blocks shared, copied on first write.

@@ -1,0 +1,358 @@
+"""The engine: requests in, one chunk a step for every sequence that moved. One thread drives it.
+
+    engine = Engine(EngineConfig(model="path/to/model"))
+    for completion in engine.generate(["Hello", "The sky is"], SamplingParams(max_tokens=32, temperature=0)):
+        print(completion.outputs[0].text)
+
+Knows nothing of sockets, Ray or HTTP; `replicas.server` drives it for a fleet.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Sequence as Seq
+from dataclasses import replace
+
+import torch
+
+from replicas.engine.attention import LayerCache
+from replicas.engine.blocks import BlockPool
+from replicas.engine.config import EngineConfig
+from replicas.engine.detokenizer import Detokenizer
+from replicas.engine.layout import Layout
+from replicas.engine.loading import Loaded, load
+from replicas.engine.memory import choose_num_blocks
+from replicas.engine.meter import Meter
+from replicas.engine.offline import Completion, collect
+from replicas.engine.sampler import Sampled, Sampler
+from replicas.engine.scheduler import Scheduler, Step
+from replicas.engine.sequence import Group, Sequence
+from replicas.protocol import (
+    Chunk,
+    ConfigError,
+    ContextLengthExceeded,
+    EngineFault,
+    EngineStats,
+    FinishReason,
+    GenerateRequest,
+    InvalidRequest,
+    KVEvent,
+    QueueFull,
+    SamplingParams,
+    TokenLogprob,
+    Usage,
+    prefix_root,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """A `protocol.TokenEngine` over real weights. ConfigError where the model or the settings cannot work."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        loaded = load(config)
+        self.config = config
+        self.loaded: Loaded = loaded
+        self._decoder, self._tokenizer = loaded.decoder, loaded.tokenizer
+        self.max_model_len = loaded.decoder.max_model_len
+        self._eos = frozenset(loaded.card.eos_token_ids)
+        self._sampler = Sampler(loaded.card.eos_token_ids)
+        self._random = random.Random(config.seed)
+        budget = loaded.max_num_batched_tokens
+        bytes_per_block = loaded.kv_bytes_per_token * config.block_size
+        num_blocks = choose_num_blocks(config, loaded.device, bytes_per_block, self.max_model_len, self._profile)
+        self._fit_context(num_blocks * config.block_size)
+        self.pool = BlockPool(num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching)
+        self._caches = self._allocate_caches(num_blocks)
+        self.scheduler = Scheduler(
+            self.pool, max_num_seqs=config.max_num_seqs, max_num_batched_tokens=budget, watermark=config.watermark
+        )
+        self._layout = Layout(config.max_num_seqs, self.max_model_len, config.block_size, loaded.device)
+        self._groups: dict[str, Group] = {}
+        self._texts: dict[Sequence, Detokenizer] = {}
+        self._meter = Meter()
+        self._steps = self._prompt_tokens = self._generation_tokens = 0
+        self.card = replace(loaded.card, max_model_len=self.max_model_len, block_size=config.block_size)
+
+    # ---------------------------------------------------------------- requests
+
+    def add(self, request: GenerateRequest) -> None:
+        """Queue a request. InvalidRequest, ContextLengthExceeded or QueueFull leave no trace of it."""
+        self.check(request)
+        if self.queue_full():
+            rate = self._meter.prefill_rate or 1000.0
+            wait = sum(seq.queued_tokens for seq in self.scheduler.waiting) / rate
+            raise QueueFull(f"{self.config.max_waiting} requests are waiting already", retry_after_s=max(wait, 1.0))
+        params = request.sampling
+        prompt = list(request.prompt_token_ids)
+        seed = self._random.getrandbits(63) if params.seed is None else params.seed
+        root = prefix_root(request.tenant, self.card.revision, self.loaded.kv_format)
+        sequences = [
+            Sequence(request.request_id, index, prompt.copy(), len(prompt), params, seed, root)
+            for index in range(params.n)
+        ]
+        first = sequences[0]
+        first.queued_tokens = len(prompt) - self._cached_tokens(first)
+        self._groups[request.request_id] = Group(request, sequences, sequences[1:], params.n)
+        self._texts.update((seq, Detokenizer(params.stop)) for seq in sequences)
+        self.scheduler.waiting.append(first)
+        self._prompt_tokens += len(prompt)
+
+    def abort(self, request_id: str) -> bool:
+        """Drop a request at once: its blocks are free when this returns. False if there is none of that id."""
+        group = self._groups.pop(request_id, None)
+        if group is None:
+            return False
+        for seq in group.sequences:
+            self._drop(seq)
+        return True
+
+    def has_work(self) -> bool:
+        return bool(self._groups)
+
+    def queue_full(self) -> bool:
+        return len(self.scheduler.waiting) >= self.config.max_waiting
+
+    def wait_s(self) -> float:
+        return 0.0
+
+    # ---------------------------------------------------------------- the loop
+
+    def step(self) -> list[Chunk]:
+        """Schedule, compute, sample, commit. A fault ends the step's requests, not the engine."""
+        started = time.perf_counter()
+        step = self.scheduler.schedule()
+        if not step.items:
+            assert not self._groups, "requests are waiting, nothing runs, and the scheduler found no step"
+            return []
+        try:
+            sampled = self._compute(step)
+        except Exception:
+            logger.exception("step of %d sequences failed", len(step.items))
+            return self._fail(step)
+        chunks = self._commit(step, sampled)
+        self._steps += 1
+        self._meter.record(time.perf_counter() - started, step.num_prefill_tokens, self.pool.released)
+        return chunks
+
+    @torch.inference_mode()
+    def _compute(self, step: Step) -> list[Sampled]:
+        for seq in step.preempted:
+            self._layout.release(seq)
+        self._copy_blocks(step.copies)
+        batch = self._layout(step.items)
+        logits = self._decoder.forward(batch, self._caches)
+        rows = [seq for seq, count in step.items if seq.num_computed + count == seq.num_tokens]
+        return self._sampler(logits, rows) if rows else []
+
+    def _commit(self, step: Step, sampled: list[Sampled]) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        results = iter(sampled)
+        for seq, count in step.items:
+            seq.num_computed += count
+            seq.queued_tokens = max(seq.queued_tokens - count, 0)
+            if seq.num_computed == seq.num_tokens:
+                chunks.append(self._append(seq, next(results)))
+        return chunks
+
+    def _append(self, seq: Sequence, sampled: Sampled) -> Chunk:
+        """Give `seq` its next token; what a client sees of it; the end of the choice and of the request, if it is."""
+        group = self._groups[seq.request_id]
+        if group.unforked:
+            self.scheduler.fork(group, seq)
+        seq.tokens.append(sampled.token_id)
+        self._generation_tokens += 1
+        text = self._advance(seq, sampled.token_id)
+        usage = None
+        if seq.finish_reason is not None:
+            self._drop(seq)
+            group.num_unfinished -= 1
+            if group.num_unfinished == 0:
+                del self._groups[seq.request_id]
+                usage = Usage(
+                    prompt_tokens=seq.num_prompt,
+                    completion_tokens=sum(s.num_output for s in group.sequences),
+                    cached_tokens=group.sequences[0].num_cached,
+                )
+        return Chunk(
+            request_id=seq.request_id,
+            index=seq.index,
+            text=text,
+            token_ids=(sampled.token_id,),
+            logprobs=self._logprobs(sampled),
+            finish_reason=seq.finish_reason,
+            usage=usage,
+        )
+
+    def _advance(self, seq: Sequence, token: int) -> str:
+        """The text that `token` sets free; sets seq.finish_reason when it ends the choice."""
+        params, detokenizer = seq.sampling, self._texts[seq]
+        may_stop = seq.num_output > params.min_tokens
+        ends = (token in self._eos and not params.ignore_eos) or token in params.stop_token_ids
+        if ends:
+            seq.finish_reason = FinishReason.STOP
+            return detokenizer.flush(check_stop=may_stop)
+        text, stopped = detokenizer.push(self._text_bytes(token), check_stop=may_stop)
+        if stopped:
+            seq.finish_reason = FinishReason.STOP
+        elif seq.num_output >= params.max_tokens or seq.num_tokens >= self.max_model_len:
+            seq.finish_reason = FinishReason.LENGTH
+            text += detokenizer.flush(check_stop=may_stop)
+        return text
+
+    def _text_bytes(self, token: int) -> bytes:
+        return b"" if token in self._tokenizer.special_ids else self._tokenizer.token_bytes(token)
+
+    def _logprobs(self, sampled: Sampled) -> tuple[TokenLogprob, ...]:
+        if sampled.logprob is None:
+            return ()
+        name = self._tokenizer.token_bytes
+        top = tuple(TokenLogprob(token, name(token), logprob) for token, logprob in sampled.top)
+        return (TokenLogprob(sampled.token_id, name(sampled.token_id), sampled.logprob, top),)
+
+    def _drop(self, seq: Sequence) -> None:
+        self.scheduler.drop(seq)
+        self._layout.release(seq)
+        self._texts.pop(seq, None)
+
+    def _fail(self, step: Step) -> list[Chunk]:
+        """End every request of a failed step. Blocks it was to fill may hold anything: forget the whole cache."""
+        failed = dict.fromkeys(seq.request_id for seq, _ in step.items)
+        for request_id in failed:
+            self.abort(request_id)
+        for seq in (*self.scheduler.waiting, *self.scheduler.running):
+            # Forks and preempted sequences may share what the failed step left half-written.
+            self.pool.release(seq.forget_blocks())
+            self._layout.release(seq)
+        self.pool.clear_cache()
+        error = EngineFault("the engine failed while computing this request")
+        return [Chunk(request_id=request_id, error=error) for request_id in failed]
+
+    # ---------------------------------------------------------------- what others ask
+
+    def stats(self) -> EngineStats:
+        scheduler = self.scheduler
+        return EngineStats(
+            num_requests_running=len(scheduler.running),
+            num_requests_waiting=len(scheduler.waiting),
+            queued_tokens=sum(s.queued_tokens for s in (*scheduler.waiting, *scheduler.running)),
+            kv_blocks_total=self.pool.num_blocks,
+            kv_blocks_free=self.pool.num_free,
+            prefill_rate=self._meter.prefill_rate,
+            decode_step_s=self._meter.decode_step_s,
+            block_release_rate=self._meter.block_release_rate,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generation_tokens,
+            prefix_cache_queries=scheduler.prefix_queries,
+            prefix_cache_hits=scheduler.prefix_hits,
+            num_preemptions=scheduler.num_preemptions,
+            steps=self._steps,
+        )
+
+    def take_events(self) -> list[KVEvent]:
+        return self.pool.take_events()
+
+    def check_integrity(self) -> None:
+        """Recount blocks and rows; AssertionError says what leaked. Costs O(pool): for tests and after faults."""
+        live = [seq for group in self._groups.values() for seq in group.sequences if seq.finish_reason is None]
+        self.pool.check_integrity([seq.blocks for seq in live])
+        rows = sum(seq.row >= 0 for seq in live)
+        assert self._layout.rows_in_use == rows, f"{self._layout.rows_in_use} rows in use, {rows} held"
+        placed = len(self.scheduler.waiting) + len(self.scheduler.running)
+        unforked = sum(len(group.unforked) for group in self._groups.values())
+        assert placed + unforked == len(live), f"{placed} sequences placed, {unforked} unforked, {len(live)} alive"
+        assert set(self._texts) == set(live), "a detokeniser outlived its sequence"
+
+    def generate(
+        self, prompts: str | Seq[str] | Seq[Seq[int]], sampling: SamplingParams | Seq[SamplingParams]
+    ) -> list[Completion]:
+        """Run prompts (texts or token ids) to their ends, all in one batch; results in the prompts' order.
+
+        `sampling` is one for all or one each. InvalidRequest and ContextLengthExceeded name the first bad prompt's
+        fault, and then nothing is generated.
+        """
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        return collect(self, [self.encode(p) if isinstance(p, str) else list(p) for p in texts], sampling)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text` with the special tokens that the model puts before a plain prompt."""
+        return self._tokenizer.encode(text)
+
+    # ---------------------------------------------------------------- checks and set-up
+
+    def check(self, request: GenerateRequest) -> None:
+        """Raise what `add` would raise of the request itself; nothing is queued."""
+        params, prompt = request.sampling, request.prompt_token_ids
+        params.validate()
+        vocab = self.card.vocab_size
+        if request.request_id in self._groups:
+            raise InvalidRequest(f"request id {request.request_id!r} is already running", param="request_id")
+        if not prompt:
+            raise InvalidRequest("prompt must hold at least one token", param="prompt")
+        _check_ids(prompt, vocab, "prompt")
+        _check_ids(params.stop_token_ids, vocab, "stop_token_ids")
+        _check_ids([token for token, _ in params.logit_bias], vocab, "logit_bias")
+        if len(prompt) + params.max_tokens > self.max_model_len:
+            raise ContextLengthExceeded(
+                f"This model's maximum context length is {self.max_model_len} tokens. However, you requested "
+                f"{len(prompt) + params.max_tokens} tokens ({len(prompt)} in the prompt, {params.max_tokens} in the "
+                "completion). Please reduce the length of the prompt or of the completion.",
+                param="messages",
+            )
+
+    def _cached_tokens(self, seq: Sequence) -> int:
+        if not self.config.enable_prefix_caching:
+            return 0
+        size = self.config.block_size
+        usable = (seq.num_tokens - 1) // size
+        return size * len(self.pool.match(seq.root, seq.extend_hashes(size)[:usable], seq.tokens))
+
+    def _fit_context(self, pool_tokens: int) -> None:
+        if pool_tokens < self.max_model_len:
+            if self.config.max_model_len is not None:
+                raise ConfigError(
+                    f"max_model_len {self.max_model_len} does not fit into a KV cache of {pool_tokens} tokens; "
+                    "lower it or raise num_blocks or kv_memory_gib"
+                )
+            logger.warning("max_model_len lowered from %d to the KV cache's %d", self.max_model_len, pool_tokens)
+            self.max_model_len = pool_tokens
+
+    def _allocate_caches(self, num_blocks: int) -> list[LayerCache]:
+        loaded, decoder = self.loaded, self._decoder
+        shape = (num_blocks, self.config.block_size, decoder.num_kv_heads, decoder.head_dim)
+
+        def zeros() -> torch.Tensor:
+            return torch.zeros(shape, dtype=loaded.dtype, device=loaded.device)
+
+        return [LayerCache(zeros(), zeros()) for _ in range(decoder.num_layers)]
+
+    @torch.inference_mode()
+    def _copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        if not copies:
+            return
+        source, target = torch.tensor(copies, device=self.loaded.device).unbind(dim=1)
+        for cache in self._caches:
+            cache.keys[target] = cache.keys[source]
+            cache.values[target] = cache.values[source]
+
+    @torch.inference_mode()
+    def _profile(self) -> None:
+        """Run the largest step there can be, on scratch blocks, so that its peak memory is known (CUDA)."""
+        loaded, size = self.loaded, self.config.block_size
+        num_seqs = min(self.config.max_num_seqs, loaded.max_num_batched_tokens)
+        share = loaded.max_num_batched_tokens // num_seqs
+        layout = Layout(num_seqs, share, size, loaded.device)
+        params = SamplingParams(max_tokens=1, top_p=0.9, logprobs=20, repetition_penalty=1.1)
+        blocks = list(range(-(-share // size)))
+        items = [(Sequence("", i, [0] * share, share, params, i, b"", blocks=blocks), share) for i in range(num_seqs)]
+        logits = self._decoder.forward(layout(items), self._allocate_caches(len(blocks)))
+        self._sampler(logits, [seq for seq, _ in items])
+
+
+def _check_ids(token_ids: Seq[int], vocab_size: int, param: str) -> None:
+    if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
+        bad = next(token for token in token_ids if not 0 <= token < vocab_size)
+        raise InvalidRequest(f"{param} holds token id {bad}, which is not in 0..{vocab_size - 1}", param=param)

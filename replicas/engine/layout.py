@@ -1,0 +1,73 @@
+"""Lays a scheduled step out as tensors. Owns the block table: one stable row per running sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from replicas.engine.batch import StepBatch
+from replicas.engine.sequence import Sequence
+
+
+class Layout:
+    """table: int32 [max_num_seqs, blocks of max_model_len]; only what changed since the last step is written to it."""
+
+    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device) -> None:
+        self.block_size = block_size
+        self.device = device
+        self.table = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32)
+        self._free_rows = list(range(max_num_seqs - 1, -1, -1))
+
+    def release(self, seq: Sequence) -> None:
+        """Call when a sequence leaves the running set, for whatever reason."""
+        if seq.row >= 0:
+            self._free_rows.append(seq.row)
+            seq.row, seq.dirty_from = -1, 0
+
+    @property
+    def rows_in_use(self) -> int:
+        return len(self.table) - len(self._free_rows)
+
+    def __call__(self, items: Seq[tuple[Sequence, int]]) -> StepBatch:
+        """items: (sequence, number of its tokens to compute), block lists already long enough."""
+        counts = np.fromiter((count for _, count in items), dtype=np.int64, count=len(items))
+        computed = np.fromiter((seq.num_computed for seq, _ in items), dtype=np.int64, count=len(items))
+        rows = np.fromiter((self._row(seq) for seq, _ in items), dtype=np.int64, count=len(items))
+        lens = computed + counts
+        ends = counts.cumsum()
+        token_ids: list[int] = []
+        for seq, count in items:
+            token_ids += seq.tokens[seq.num_computed : seq.num_computed + count]
+        total = int(ends[-1])
+        positions = np.arange(total) + np.repeat(computed - (ends - counts), counts)
+        table = self.table[rows, : -(-int(lens.max()) // self.block_size)]
+        owners = np.repeat(np.arange(len(items)), counts)
+        slots = table[owners, positions // self.block_size].astype(np.int64) * self.block_size
+        slots += positions % self.block_size
+        wanted = np.fromiter((seq.num_computed + n == seq.num_tokens for seq, n in items), dtype=bool, count=len(items))
+        return StepBatch(
+            token_ids=self._tensor(np.array(token_ids, dtype=np.int64)),
+            positions=self._tensor(positions),
+            slot_mapping=self._tensor(slots),
+            query_start=self._tensor(np.concatenate(([0], ends)).astype(np.int32)),
+            context_lens=self._tensor(lens.astype(np.int32)),
+            block_tables=self._tensor(table),
+            logits_rows=self._tensor((ends - 1)[wanted]),
+            max_query_len=int(counts.max()),
+            max_context_len=int(lens.max()),
+        )
+
+    def _row(self, seq: Sequence) -> int:
+        if seq.row < 0:
+            seq.row, seq.dirty_from = self._free_rows.pop(), 0
+        if seq.dirty_from < len(seq.blocks):
+            self.table[seq.row, seq.dirty_from : len(seq.blocks)] = seq.blocks[seq.dirty_from :]
+            seq.dirty_from = len(seq.blocks)
+        return seq.row
+
+    def _tensor(self, values: NDArray[Any]) -> torch.Tensor:
+        return torch.from_numpy(values).to(self.device)

@@ -1,0 +1,104 @@
+"""From an EngineConfig to a model ready to run: device, dtype, backends, weights, tokenizer."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from replicas.engine.attention import choose_attention
+from replicas.engine.config import EngineConfig
+from replicas.engine.model import Decoder
+from replicas.engine.ops import choose_ops
+from replicas.engine.tokenizer import Tokenizer, model_card
+from replicas.engine.weights import open_checkpoint
+from replicas.protocol import ConfigError, ModelCard
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_CPU_BUDGET, _CUDA_BUDGET = 256, 2048
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """kv_format names how keys and values are stored: it is part of every prefix hash.
+
+    ops, attention: the backends' names, for logs and status.
+    """
+
+    decoder: Decoder
+    tokenizer: Tokenizer
+    card: ModelCard
+    device: torch.device
+    dtype: torch.dtype
+    max_num_batched_tokens: int
+    kv_bytes_per_token: int
+    kv_format: str
+    ops: str
+    attention: str
+
+
+def load(config: EngineConfig) -> Loaded:
+    """ConfigError for settings that contradict each other or the machine, and for models that cannot be served."""
+    _check(config)
+    device = _choose_device(config.device)
+    dtype = _choose_dtype(config.dtype, device)
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    checkpoint = open_checkpoint(config.model)
+    tokenizer = Tokenizer.load(checkpoint)
+    ops = choose_ops(device, dtype)
+    attention = choose_attention(config.attention, device, dtype, checkpoint.config.head_dim)
+    decoder = Decoder(checkpoint, ops, attention, device, dtype, config.max_model_len)
+    budget = config.max_num_batched_tokens or (_CUDA_BUDGET if device.type == "cuda" else _CPU_BUDGET)
+    logger.info("%s on %s in %s, ops %s, attention %s", config.model, device, dtype, ops.name, attention.name)
+    return Loaded(
+        decoder=decoder,
+        tokenizer=tokenizer,
+        card=model_card(Path(config.model).stem, config, checkpoint, tokenizer),
+        device=device,
+        dtype=dtype,
+        max_num_batched_tokens=budget,
+        kv_bytes_per_token=checkpoint.config.kv_bytes_per_token(dtype.itemsize),
+        kv_format=str(dtype).removeprefix("torch."),
+        ops=ops.name,
+        attention=attention.name,
+    )
+
+
+def _check(config: EngineConfig) -> None:
+    """Refuse values that no engine can run with, naming the setting."""
+    positive = ("block_size", "num_blocks", "kv_memory_gib", "max_model_len", "max_num_seqs", "max_num_batched_tokens")
+    for name in (*positive, "max_waiting", "num_threads", "memory_fraction"):
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ConfigError(f"{name} must be greater than 0, got {value!r}", param=name)
+    if config.memory_fraction is not None and config.memory_fraction > 1:
+        raise ConfigError(f"memory_fraction must be at most 1, got {config.memory_fraction!r}", param="memory_fraction")
+    if not 0 <= config.watermark < 1:
+        raise ConfigError(f"watermark must be at least 0 and less than 1, got {config.watermark!r}", param="watermark")
+
+
+def _choose_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device {name!r} is unknown; use auto, cpu, cuda or cuda:N", param="device") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N", param="device")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device {name!r} is not there: {torch.cuda.device_count()} CUDA devices", param="device")
+    return device
+
+
+def _choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if name not in _DTYPES:
+        raise ConfigError(f"dtype {name!r} is not supported; use auto, {', '.join(_DTYPES)}", param="dtype")
+    return _DTYPES[name]
