@@ -1,0 +1,341 @@
+"""A gateway's connection to one replica: many requests over one DEALER socket, on an asyncio loop.
+
+    conn = await ReplicaConnection.connect(address, gateway_id="gateway-1")
+    async with aclosing(conn.generate(request)) as chunks:
+        async for ready in chunks: ...      # every chunk that arrived since the last turn, in one list
+
+A connection reaches exactly one incarnation and never comes back: when the process or the link dies, `alive` turns
+False, every stream raises ReplicaLost at once, and the owner connects anew. Leaving a stream early (`aclose`) aborts
+the request in the engine. There is no task and no future per message: the loop watches the sockets' descriptors, and a
+stream that waits costs one future.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import zmq
+
+from replicas import wire
+from replicas.protocol import (
+    Chunk,
+    ConfigError,
+    GenerateRequest,
+    KVEvent,
+    ModelCard,
+    ReplicaAddress,
+    ReplicaLost,
+    ReplicaStatus,
+    SignalboxError,
+)
+from replicas.sockets import Context, GatewaySockets, disconnections, has_input, take
+
+log = logging.getLogger(__name__)
+
+# Frames taken off one socket before other callbacks of the loop get their turn.
+_FRAMES_PER_TURN = 64
+# Bytes read before the replica is told so; far below the replica's bound on what may be unread.
+_ACK_EVERY = 256 * 1024
+_HEARTBEAT_S = 0.5
+
+
+@dataclass(slots=True, eq=False)
+class _Stream:
+    request_id: str
+    uncached_tokens: int
+    ready: list[Chunk] = field(default_factory=list)
+    error: SignalboxError | None = None
+    done: bool = False
+    waiter: asyncio.Future[None] | None = None
+
+    def wake(self) -> None:
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
+
+
+class ReplicaConnection:
+    """Made by `connect`. Belongs to one event loop; not thread-safe."""
+
+    def __init__(
+        self,
+        address: ReplicaAddress,
+        gateway_id: str,
+        context: Context,
+        on_kv_event: Callable[[KVEvent], None] | None,
+        on_status: Callable[[ReplicaStatus], None] | None,
+    ) -> None:
+        self.address = address
+        self.gateway_id = gateway_id
+        self.status: ReplicaStatus | None = None
+        self._on_kv_event = on_kv_event
+        self._on_status = on_status
+        self._loop = asyncio.get_running_loop()
+        self._described: asyncio.Future[ModelCard] = self._loop.create_future()
+        self._closed = asyncio.Event()
+        self._end_error: Callable[[], SignalboxError] = partial(ReplicaLost, "the connection is closed")
+        self._card: ModelCard | None = None
+        self._streams: dict[int, _Stream] = {}
+        self._pings: dict[int, asyncio.Future[None]] = {}
+        self._seq = 0
+        self._last_nonce = 0
+        self._received = 0
+        self._acknowledged = 0
+        self._next_event = 0
+        topics = (wire.TOPIC_STATUS, wire.TOPIC_EVENTS) if on_kv_event else (wire.TOPIC_STATUS,)
+        self._sockets = GatewaySockets(context, address.endpoint, address.events_endpoint, topics, _HEARTBEAT_S)
+        self._watched = {
+            self._sockets.dealer.fileno(): self._read_dealer,
+            self._sockets.subscriber.fileno(): self._read_subscriber,
+            self._sockets.monitor.fileno(): self._read_monitor,
+        }
+        for descriptor, read in self._watched.items():
+            self._loop.add_reader(descriptor, read)
+
+    @classmethod
+    async def connect(
+        cls,
+        address: ReplicaAddress,
+        *,
+        gateway_id: str,
+        timeout_s: float = 5.0,
+        on_kv_event: Callable[[KVEvent], None] | None = None,
+        on_status: Callable[[ReplicaStatus], None] | None = None,
+        context: Context | None = None,
+    ) -> ReplicaConnection:
+        """Reach the replica and learn its model card.
+
+        Raises ReplicaLost when nothing (or another incarnation) answers there, ConfigError when it speaks another wire
+        version. The hooks run on the loop and must not block; after a gap in the KV events `on_kv_event` gets a
+        "cleared" one first, because what was missed is unknown.
+        """
+        conn = cls(address, gateway_id, context or zmq.Context.instance(), on_kv_event, on_status)
+        try:
+            conn._send(wire.Describe(gateway_id, address.incarnation))
+            async with asyncio.timeout(timeout_s):
+                conn._card = await conn._described
+        except BaseException as error:
+            await conn.aclose()
+            if isinstance(error, TimeoutError):
+                raise ReplicaLost(f"replica {address.replica_id!r} did not answer within {timeout_s} s") from None
+            raise
+        return conn
+
+    # ---------------------------------------------------------------- what it knows
+
+    @property
+    def alive(self) -> bool:
+        return not self._closed.is_set()
+
+    @property
+    def card(self) -> ModelCard:
+        assert self._card is not None, "a connection is handed out only after its replica described itself"
+        return self._card
+
+    @property
+    def in_flight(self) -> int:
+        """Requests of this gateway that were submitted and have not ended."""
+        return len(self._streams)
+
+    @property
+    def in_flight_tokens(self) -> int:
+        """Their uncached prompt tokens."""
+        return sum(stream.uncached_tokens for stream in self._streams.values())
+
+    def unadmitted(self) -> tuple[int, int]:
+        """(requests, uncached prompt tokens) of those in flight that the numbers in `status` do not include yet."""
+        admitted = self.status.admitted.get(self.gateway_id, 0) if self.status else 0
+        requests = tokens = 0
+        for seq in reversed(self._streams):  # in the order of submission
+            if seq <= admitted:
+                break
+            requests += 1
+            tokens += self._streams[seq].uncached_tokens
+        return requests, tokens
+
+    async def wait_closed(self) -> None:
+        """Return when the connection is lost or closed."""
+        await self._closed.wait()
+
+    # ---------------------------------------------------------------- what it does
+
+    async def generate(
+        self, request: GenerateRequest, *, uncached_tokens: int | None = None
+    ) -> AsyncGenerator[list[Chunk], None]:
+        """Submit and yield chunks until the terminal one, all that are ready in one list, never an empty one.
+
+        Raises the error that ended the request, after what came before it was yielded. `uncached_tokens` is the
+        caller's estimate for `in_flight_tokens`; by default the whole prompt.
+        """
+        seq, stream = self._submit(request, uncached_tokens)
+        try:
+            while True:
+                if not stream.ready and not stream.done:
+                    stream.waiter = self._loop.create_future()
+                    await stream.waiter
+                done = stream.done
+                if stream.ready:
+                    ready, stream.ready = stream.ready, []
+                    yield ready
+                if done:
+                    break
+            if stream.error is not None:
+                raise stream.error
+        finally:
+            if self._streams.pop(seq, None) is not None:
+                self._send(wire.Abort(seq))
+
+    async def ping(self, timeout_s: float = 5.0) -> float:
+        """Seconds for a round trip through the engine's thread; raises ReplicaLost or TimeoutError."""
+        self._check_alive()
+        self._last_nonce = nonce = self._last_nonce + 1
+        self._pings[nonce] = answer = self._loop.create_future()
+        begin = self._loop.time()
+        try:
+            self._send(wire.Ping(nonce))
+            async with asyncio.timeout(timeout_s):
+                await answer
+        finally:
+            del self._pings[nonce]
+        return self._loop.time() - begin
+
+    async def aclose(self) -> None:
+        """Abort what is in flight and let go of the sockets; streams still read raise ReplicaLost."""
+        if self.alive:
+            for seq in self._streams:
+                self._send(wire.Abort(seq))
+        self._lose(partial(ReplicaLost, "the connection to the replica was closed"))
+
+    # ---------------------------------------------------------------- inside
+
+    def _submit(self, request: GenerateRequest, uncached_tokens: int | None) -> tuple[int, _Stream]:
+        self._check_alive()
+        message = wire.submit(self._seq + 1, request)
+        self._seq += 1
+        tokens = len(request.prompt_token_ids) if uncached_tokens is None else uncached_tokens
+        self._streams[self._seq] = stream = _Stream(request.request_id, tokens)
+        self._send(message)
+        return self._seq, stream
+
+    def _check_alive(self) -> None:
+        if not self.alive:
+            raise self._end_error()
+
+    def _send(self, message: wire.ToReplica) -> None:
+        if self.alive:
+            self._sockets.dealer.send(wire.encode(message), zmq.NOBLOCK)
+            if has_input(self._sockets.dealer):  # sending may have swallowed the descriptor's edge
+                self._loop.call_soon(self._read_dealer)
+
+    def _read_dealer(self) -> None:
+        if not self.alive:
+            return
+        for message in take(self._sockets.dealer, _FRAMES_PER_TURN):
+            frame = message[-1]
+            try:
+                self._take(wire.decode_to_gateway(frame), len(frame))
+            except wire.WireError as error:
+                log.warning("dropped a frame of replica %s: %s", self.address.replica_id, error)
+                if not self._described.done():
+                    self._lose(partial(ConfigError, f"the replica speaks another language: {error}"))
+            if self._closed.is_set():
+                return
+        if has_input(self._sockets.dealer):
+            self._loop.call_soon(self._read_dealer)
+
+    def _take(self, message: wire.ToGateway, size: int) -> None:
+        if isinstance(message, wire.Chunks):
+            for part in message.parts:
+                self._deliver(part)
+            self._received += size
+            if self._received - self._acknowledged >= _ACK_EVERY:
+                self._acknowledged = self._received
+                self._send(wire.Ack(self._received))
+        elif isinstance(message, wire.Card):
+            self._take_status(wire.status(message.status))
+            if not self._described.done():
+                self._described.set_result(message.card)
+        elif isinstance(message, wire.Pong):
+            answer = self._pings.get(message.nonce)
+            if answer is not None and not answer.done():
+                answer.set_result(None)
+        elif message.fatal:
+            self._lose(partial(ReplicaLost, f"the replica ended the connection: {message.reason}"))
+        else:
+            log.warning("replica %s refused a frame: %s", self.address.replica_id, message.reason)
+
+    def _deliver(self, part: wire.ChunkPart) -> None:
+        stream = self._streams.get(part.seq)
+        if stream is None:
+            return  # left early; its abort is on the way
+        if part.error is not None:
+            stream.error, stream.done = wire.error(part.error), True
+        else:
+            stream.ready.append(wire.chunk(stream.request_id, part))
+            stream.done = part.usage is not None
+        if stream.done:
+            del self._streams[part.seq]
+        stream.wake()
+
+    def _read_subscriber(self) -> None:
+        if not self.alive:
+            return
+        for parts in take(self._sockets.subscriber, _FRAMES_PER_TURN):
+            try:
+                message = wire.decode_published(parts[-1][1:])
+            except wire.WireError as error:
+                log.warning("dropped a frame of replica %s: %s", self.address.replica_id, error)
+                continue
+            if message.incarnation != self.address.incarnation:
+                continue
+            if isinstance(message, wire.Status):
+                self._take_status(wire.status(message))
+            else:
+                self._take_events(message)
+            if self._closed.is_set():  # a hook closed the connection
+                return
+        if has_input(self._sockets.subscriber):
+            self._loop.call_soon(self._read_subscriber)
+
+    def _take_status(self, status: ReplicaStatus) -> None:
+        if status.incarnation == self.address.incarnation:
+            self.status = status
+            if self._on_status is not None:
+                self._on_status(status)
+
+    def _take_events(self, message: wire.Events) -> None:
+        assert self._on_kv_event is not None, "events are subscribed to only for a hook"
+        if message.first != self._next_event:
+            self._on_kv_event(KVEvent(kind="cleared"))
+        self._next_event = message.first + len(message.events)
+        for event in wire.events(message):
+            self._on_kv_event(event)
+
+    def _read_monitor(self) -> None:
+        if self.alive and disconnections(self._sockets.monitor):
+            self._read_dealer()  # what arrived before the end still counts
+            self._lose(partial(ReplicaLost, f"the connection to replica {self.address.replica_id!r} broke"))
+
+    def _lose(self, error: Callable[[], SignalboxError]) -> None:
+        """The end of the connection, once: let go of the sockets, end every stream, each with an error of its own."""
+        if not self.alive:
+            return
+        self._end_error = error
+        self._closed.set()
+        for descriptor in self._watched:
+            self._loop.remove_reader(descriptor)
+        self._sockets.close()
+        streams = list(self._streams.values())
+        self._streams.clear()
+        for stream in streams:
+            stream.error, stream.done = error(), True
+            stream.wake()
+        for answer in self._pings.values():
+            if not answer.done():
+                answer.set_exception(error())
+        if not self._described.done():
+            self._described.set_exception(error())
+            self._described.exception()  # seen here: nobody may be waiting for it any more
