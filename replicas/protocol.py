@@ -371,7 +371,7 @@ def prefix_root(tenant: str, revision: str, kv_format: str = "") -> bytes:
 
 
 def block_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    """blake2b-128 of the parent's hash and one full block's token ids, each an int32 in native (little-endian) order."""
+    """blake2b-128 of the parent's hash and one full block's token ids, each an int32 in native byte order."""
     return blake2b(parent + array("i", token_ids).tobytes(), digest_size=16).digest()
 
 

@@ -15,11 +15,12 @@ class EngineConfig:
     block_size: tokens per KV block.
     num_blocks: KV blocks; None sizes the pool from memory.
     kv_memory_gib: memory for the KV pool when num_blocks is None; None takes `memory_fraction` of what is really free
-        after weights and, on CUDA, after profiling activations and sampler (None: 0.25 on CPU, 0.92 of the card on CUDA).
+        after weights and, on CUDA, after profiling activations and sampler.
+    memory_fraction: None is 0.25 on CPU, 0.92 of the card on CUDA.
     max_model_len: prompt + output tokens of one sequence; None takes the model's own limit.
     max_num_seqs: sequences in one step.
-    max_num_batched_tokens: token budget of one step; None is 256 on CPU (half a second of prefill at most stands between
-        two tokens of a small model), 2048 on CUDA.
+    max_num_batched_tokens: token budget of one step; None is 256 on CPU (at most half a second of prefill stands
+        between two tokens of a small model), 2048 on CUDA.
     max_waiting: requests in the waiting queue; one more is refused with QueueFull.
     watermark: share of blocks kept free when a new prompt is admitted, so that running sequences seldom preempt.
     num_threads: torch CPU threads; None leaves the number that is set.
