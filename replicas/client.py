@@ -156,6 +156,10 @@ class ReplicaConnection:
             tokens += self._streams[seq].uncached_tokens
         return requests, tokens
 
+    @property
+    def unseen(self) -> int:
+        return self.unadmitted()[0]
+
     async def wait_closed(self) -> None:
         """Return when the connection is lost or closed."""
         await self._closed.wait()

@@ -30,6 +30,7 @@ from replicas.protocol import (
     EngineStats,
     GenerateRequest,
     InvalidRequest,
+    ModelCard,
     ReplicaAddress,
     ReplicaDraining,
     ReplicaLost,
@@ -92,13 +93,16 @@ class ReplicaServer:
         self,
         engine: TokenEngine,
         *,
+        card: ModelCard | None = None,
         replica_id: str,
         incarnation: str,
         host: str = "127.0.0.1",
         limits: ServerLimits | None = None,
         context: Context | None = None,
     ) -> None:
+        """`card` replaces the engine's own, for instance to give the model another name."""
         self._engine = engine
+        self._card = card or engine.card
         self._limits = limits or ServerLimits()
         self._streams: dict[str, _Stream] = {}
         self._request_ids: dict[tuple[bytes, int], str] = {}
@@ -107,7 +111,7 @@ class ReplicaServer:
         self.address = ReplicaAddress(
             replica_id=replica_id,
             incarnation=incarnation,
-            model=engine.card.model,
+            model=self._card.model,
             endpoint=self._sockets.endpoint,
             events_endpoint=self._sockets.events_endpoint,
         )
@@ -295,7 +299,7 @@ class ReplicaServer:
             self._refuse(routing_id, f"this is incarnation {incarnation}, not {command.incarnation}", fatal=True)
             return
         peer = self._peers.setdefault(routing_id, _Peer(routing_id, command.gateway_id))
-        card = wire.Card(incarnation, self._engine.card, wire.status_message(self._status()))
+        card = wire.Card(incarnation, self._card, wire.status_message(self._status()))
         self._send(peer, wire.encode(card))
 
     def _obey(self, peer: _Peer, command: wire.Submit | wire.Abort | wire.Ack | wire.Ping) -> None:

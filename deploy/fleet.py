@@ -1,0 +1,274 @@
+"""The fleet file: which models are served, by how many replicas of what size, behind which gateway.
+
+YAML, validated once, here. Unknown and repeated keys are refused with their line, their path and the nearest known
+name; what is not built yet is refused by name. Engine settings are the fields of the engine's own configuration: a default is
+written there and nowhere else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, create_model, model_validator
+
+from gateway.config import GatewayConfig, Limits, Retries, ServedModel
+from replicas.engine.config import EngineConfig
+from replicas.fake import FakeSettings
+from replicas.protocol import ConfigError
+
+FLEETS = Path(__file__).parent / "fleets"
+DEFAULT_FLEET = FLEETS / "default.yaml"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+def _section(name: str, config: type, *, without: tuple[str, ...] = ()) -> type[_Section]:
+    """A section with exactly the fields of a configuration dataclass; only what a file sets is passed on."""
+    hints = typing.get_type_hints(config)
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        if field.name not in without:
+            default = ... if field.default is dataclasses.MISSING else field.default
+            fields[field.name] = (hints[field.name], default)
+    return create_model(name, __base__=_Section, __doc__=(config.__doc__ or "").split("\n")[0], **fields)
+
+
+def _given(section: BaseModel | None) -> dict[str, Any]:
+    """What the file sets itself; the rest is left to the defaults where they are written."""
+    return section.model_dump(exclude_unset=True) if section is not None else {}
+
+
+EngineSettings = _section("EngineSettings", EngineConfig, without=("model",))
+FakeEngineSettings = _section("FakeEngineSettings", FakeSettings)
+GatewayLimits = _section("GatewayLimits", Limits)
+GatewayRetries = _section("GatewayRetries", Retries)
+
+
+class Replicas(_Section):
+    """How many processes serve the model."""
+
+    min: int = Field(default=1, ge=1)
+    max: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _fixed(self) -> Replicas:
+        if self.min != self.max:
+            raise ValueError(f"min ({self.min}) and max ({self.max}) must be equal: autoscaling is not supported yet")
+        return self
+
+
+class Price(_Section):
+    """US dollars per million tokens."""
+
+    input: float = Field(default=0.0, ge=0)
+    cached_input: float = Field(default=0.0, ge=0)
+    output: float = Field(default=0.0, ge=0)
+
+
+class ModelGroup(_Section):
+    """One model and the replicas that serve it. num_cpus, num_gpus and accelerator_type are Ray's, per replica."""
+
+    name: str = Field(min_length=1, max_length=256)
+    aliases: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] = ()
+    replicas: Replicas = Replicas()
+    num_cpus: float = Field(default=1.0, ge=0)
+    num_gpus: float = Field(default=0.0, ge=0)
+    accelerator_type: str | None = None
+    default_max_tokens: int = Field(default=0, ge=0)
+    price: Price = Price()
+    drain_s: float = Field(default=30.0, ge=0)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Engine settings that the file gives."""
+        return _given(getattr(self, "engine_settings", None))
+
+
+class SignalboxGroup(ModelGroup):
+    """Our own engine. source: a name from `signalbox models list`, a Hugging Face id, a folder or a GGUF file."""
+
+    engine: Literal["signalbox"] = "signalbox"
+    source: str = Field(min_length=1)
+    engine_settings: EngineSettings = EngineSettings()  # type: ignore[valid-type]
+
+
+class FakeGroup(ModelGroup):
+    """The deterministic engine without weights. tokenizer: a model source whose tokenizer it borrows."""
+
+    engine: Literal["fake"]
+    tokenizer: str | None = None
+    engine_settings: FakeEngineSettings = FakeEngineSettings()  # type: ignore[valid-type]
+
+
+class OpenAIGroup(ModelGroup):
+    """Another server that speaks the OpenAI API."""
+
+    engine: Literal["openai"]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, _: Any) -> Any:
+        raise ValueError("engine: openai is not supported yet (signalbox and fake are)")
+
+
+_GROUPS: dict[str, type[ModelGroup]] = {"signalbox": SignalboxGroup, "fake": FakeGroup, "openai": OpenAIGroup}
+
+
+def _engine_of(group: Any) -> str:
+    engine = group.get("engine", "signalbox") if isinstance(group, dict) else getattr(group, "engine", "signalbox")
+    return str(engine)
+
+
+AnyGroup = Annotated[
+    Annotated[SignalboxGroup, Tag("signalbox")]
+    | Annotated[FakeGroup, Tag("fake")]
+    | Annotated[OpenAIGroup, Tag("openai")],
+    Discriminator(_engine_of, custom_error_type="engine", custom_error_message="engine must be 'signalbox' or 'fake'"),
+]
+
+
+class Gateway(_Section):
+    """The HTTP edge. database: an SQLAlchemy URL; None keeps an SQLite file in the instance's home."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    replicas: int = Field(default=1, ge=1)
+    num_cpus: float = Field(default=0.5, ge=0)
+    database: str | None = None
+    limits: GatewayLimits = GatewayLimits()  # type: ignore[valid-type]
+    retries: GatewayRetries = GatewayRetries()  # type: ignore[valid-type]
+
+
+class Fleet(_Section):
+    """The whole file."""
+
+    models: tuple[AnyGroup, ...]
+    gateway: Gateway = Gateway()
+
+    @model_validator(mode="after")
+    def _names(self) -> Fleet:
+        if not self.models:
+            raise ValueError("models must name at least one model")
+        seen: set[str] = set()
+        for name in (name for model in self.models for name in (model.name, *model.aliases)):
+            if name in seen:
+                raise ValueError(f"the name {name!r} is used twice among model names and aliases")
+            seen.add(name)
+        return self
+
+    def gateway_config(self, *, database_url: str, state_dir: str) -> GatewayConfig:
+        """What every gateway process is told."""
+        gateway = self.gateway
+        return GatewayConfig(
+            models=tuple(
+                ServedModel(
+                    name=model.name,
+                    aliases=model.aliases,
+                    default_max_tokens=model.default_max_tokens,
+                    price=model.price.model_dump(),
+                )
+                for model in self.models
+            ),
+            database_url=gateway.database or database_url,
+            state_dir=state_dir,
+            limits=Limits(**_given(gateway.limits)),
+            retries=Retries(**_given(gateway.retries)),
+        )
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of the file, for editors."""
+    return Fleet.model_json_schema()
+
+
+def load(path: Path) -> Fleet:
+    """Read and check a fleet file. Raises ConfigError that names file, line and key of everything that is wrong."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the fleet file {path}: {error}") from error
+    return parse(text, str(path))
+
+
+def parse(text: str, name: str = "fleet") -> Fleet:
+    """`load` for text; `name` stands for the file in error messages."""
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        document = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name} is not valid YAML: {error}") from error
+    if root is None or not isinstance(document, dict):
+        raise ConfigError(f"{name} must be a mapping with the key 'models'")
+    repeated = [f"{name}:{line}: {key} is given twice" for line, key in _repeated_keys(root)]
+    if repeated:
+        raise ConfigError("\n".join(repeated))
+    try:
+        return Fleet.model_validate(document)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explained(error, root, name))) from None
+
+
+def _explained(error: ValidationError, root: yaml.Node, name: str) -> Iterator[str]:
+    """One line for each mistake: file:line: path: what is wrong."""
+    for mistake in error.errors():
+        line, path, model = _locate(root, mistake["loc"])
+        message = mistake["msg"].removeprefix("Value error, ")
+        if mistake["type"] == "extra_forbidden":
+            key = str(mistake["loc"][-1])
+            near = difflib.get_close_matches(key, model.model_fields, n=1)
+            known = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(model.model_fields)}"
+            message = f"unknown key; {known}"
+        yield f"{name}:{line}: {path or 'fleet'}: {message}"
+
+
+def _locate(root: yaml.Node, loc: Iterable[int | str]) -> tuple[int, str, type[BaseModel]]:
+    """(line, path as written in the file, section that holds the last key) of pydantic's location."""
+    node, line, path = root, root.start_mark.line + 1, ""
+    section: type[BaseModel] = Fleet
+    holder = section
+    for part in loc:
+        if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node, path = node.value[part], f"{path}[{part}]"
+            line = node.start_mark.line + 1
+        elif (entry := _entry(node, part)) is not None:
+            key, node = entry
+            line, path = key.start_mark.line + 1, f"{path}.{part}".lstrip(".")
+            holder, section = section, _section_of(section, str(part))
+        elif part in _GROUPS:  # pydantic puts the union's tag into the location
+            section = _GROUPS[str(part)]
+        else:  # a key that is missing
+            path = f"{path}.{part}".lstrip(".")
+    return line, path, holder
+
+
+def _entry(node: yaml.Node, key: int | str) -> tuple[yaml.Node, yaml.Node] | None:
+    if isinstance(node, yaml.MappingNode):
+        return next(((k, v) for k, v in node.value if k.value == str(key)), None)
+    return None
+
+
+def _section_of(model: type[BaseModel], key: str) -> type[BaseModel]:
+    field = model.model_fields.get(key)
+    annotation = field.annotation if field else None
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else model
+
+
+def _repeated_keys(node: yaml.Node | None) -> Iterator[tuple[int, str]]:
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _repeated_keys(item)
+    elif isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if key.value in seen:
+                yield key.start_mark.line + 1, repr(key.value)
+            seen.add(key.value)
+            yield from _repeated_keys(value)
