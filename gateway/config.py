@@ -1,0 +1,85 @@
+"""What one gateway must be told: frozen values, every default written here and nowhere else."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from replicas.protocol import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """A model as callers name it.
+
+    `name` is also the `model` of its replicas' addresses. `default_max_tokens` 0 means whatever the model's own card
+    says, and if that is silent too, what is left of the context. `price` is in dollars per million tokens by kind
+    ("input", "cached_input", "output"); it is only carried here.
+    """
+
+    name: str
+    aliases: tuple[str, ...] = ()
+    default_max_tokens: int = 0
+    price: Mapping[str, float] = field(default_factory=dict)
+    owned_by: str = "signalbox"
+    created: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a caller may ask for. Counts are per request; `max_choices` bounds prompts x n."""
+
+    max_body_bytes: int = 4 * 1024 * 1024
+    max_messages: int = 10_000
+    max_choices: int = 128
+    body_timeout_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retries:
+    """How long a request without a first token is kept alive while replicas come and go.
+
+    `wait_s` is the total time from the first attempt after which the caller gets 503; `attempts` bounds how many
+    replicas one request may be given to, so that a request that kills replicas cannot kill all of them.
+    """
+
+    attempts: int = 3
+    wait_s: float = 20.0
+    retry_after_s: float = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayConfig:
+    """One gateway process.
+
+    database_url: SQLAlchemy's; SQLite (WAL) embedded, or a shared server.
+    state_dir: where the key secret lives when SIGNALBOX_KEY_SECRET is not in the environment; "" requires the latter.
+    key_poll_s: how often changed keys are read; with one poll's own time it must stay below `key_stale_s`, the age
+    beyond which a decision first waits for a fresh read.
+    server_cancels: the ASGI server cancels the handler when the client hangs up (Ray Serve does; uvicorn does not).
+    server_sends_request_id: the server adds x-request-id to responses itself (Ray Serve does).
+    """
+
+    models: tuple[ServedModel, ...]
+    database_url: str
+    state_dir: str = ""
+    gateway_id: str = field(default_factory=lambda: f"gw-{uuid.uuid4().hex[:12]}")
+    limits: Limits = field(default_factory=Limits)
+    retries: Retries = field(default_factory=Retries)
+    key_poll_s: float = 0.4
+    key_stale_s: float = 0.9
+    connect_timeout_s: float = 5.0
+    server_cancels: bool = False
+    server_sends_request_id: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise ConfigError("the gateway needs at least one model")
+        seen: set[str] = set()
+        for name in (name for model in self.models for name in (model.name, *model.aliases)):
+            if not name or name in seen:
+                raise ConfigError(f"model name or alias {name!r} is empty or used twice")
+            seen.add(name)
+        if not 0 < self.key_poll_s < self.key_stale_s <= 1.0:
+            raise ConfigError("key_poll_s and key_stale_s must satisfy 0 < key_poll_s < key_stale_s <= 1")

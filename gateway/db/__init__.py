@@ -1,0 +1,1 @@
+"""The gateway's database: schema, migrations, and one thread through which an event loop may use it."""

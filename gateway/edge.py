@@ -1,0 +1,189 @@
+"""The outermost layer: one exchange per request, whatever answers it.
+
+Pure ASGI. Gives every response its request id and processing time, turns every exception into OpenAI's error shape, and
+counts what happened. Also what the endpoints use to read a body within bounds and to notice that a client hung up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gateway.errors import INTERNAL, error_body, error_headers, http_error
+from gateway.metrics import Metrics
+from replicas.protocol import InvalidRequest, PayloadTooLarge, SignalboxError
+
+logger = logging.getLogger(__name__)
+
+EXCHANGE = "signalbox.exchange"
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
+_METHODS = frozenset(("GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE"))
+_CLIENT_GONE = 499
+
+
+class ClientGone(Exception):
+    """The client hung up; nobody is left to answer."""
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One request as the edge sees it. `started` is perf_counter's; status 0 means nothing was sent yet."""
+
+    request_id: bytes
+    started: float
+    sends_id: bool
+    send: Send
+    status: int = 0
+
+    async def send_stamped(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            elapsed_ms = (time.perf_counter() - self.started) * 1e3
+            headers = [*message.get("headers", ()), (b"openai-processing-ms", b"%d" % round(elapsed_ms))]
+            if self.sends_id:
+                headers.append((b"x-request-id", self.request_id))
+            message = {**message, "headers": headers}
+        await self.send(message)
+
+
+def header(scope: Scope, name: bytes) -> bytes:
+    """The first header of that (lower case) name, b"" without one."""
+    return next((value for key, value in scope["headers"] if key == name), b"")
+
+
+class Edge:
+    """Wraps the whole application, inside nothing but Starlette's own last resort."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, server_sends_request_id: bool) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._server_sends_request_id = server_sends_request_id
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = header(scope, b"x-request-id")
+        request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}".encode()
+        exchange = Exchange(request_id, time.perf_counter(), not self._server_sends_request_id, send)
+        scope[EXCHANGE] = exchange
+        try:
+            await self._app(scope, receive, exchange.send_stamped)
+        except ClientGone:
+            exchange.status = _CLIENT_GONE
+        except asyncio.CancelledError:
+            exchange.status = _CLIENT_GONE
+            raise
+        except SignalboxError as error:
+            await self._refuse(exchange, error)
+        except Exception:
+            logger.exception("request %s failed", exchange.request_id.decode())
+            await self._refuse(exchange, INTERNAL)
+        finally:
+            self._count(scope, exchange)
+
+    async def _refuse(self, exchange: Exchange, error: SignalboxError) -> None:
+        if exchange.status:  # too late for a status line; not completing the body is how the server learns to cut
+            return
+        body = error_body(error)
+        await exchange.send_stamped(
+            {
+                "type": "http.response.start",
+                "status": http_error(error).status,
+                "headers": [*error_headers(error), (b"content-length", b"%d" % len(body))],
+            }
+        )
+        await exchange.send({"type": "http.response.body", "body": body})
+
+    def _count(self, scope: Scope, exchange: Exchange) -> None:
+        # the route's pattern, not the path: a caller must not be able to invent labels
+        route = getattr(scope.get("route"), "path", "unmatched")
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        self._metrics.answered(route, method, exchange.status, time.perf_counter() - exchange.started)
+
+
+async def read_body(scope: Scope, receive: Receive, max_bytes: int, timeout_s: float) -> bytes:
+    """The whole body. PayloadTooLarge as soon as it is known to be, without reading the rest; ClientGone."""
+    length = header(scope, b"content-length")
+    if length.isdigit() and len(length) < 20 and int(length) > max_bytes:
+        raise _too_large(max_bytes)
+    message = await receive()
+    if message["type"] == "http.request" and not message.get("more_body"):
+        body: bytes = message.get("body", b"")
+        if len(body) > max_bytes:
+            raise _too_large(max_bytes)
+        return body
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await _read_parts(message, receive, max_bytes)
+    except TimeoutError:
+        raise InvalidRequest(f"the request body did not arrive within {timeout_s:g} s") from None
+
+
+async def _read_parts(message: Message, receive: Receive, max_bytes: int) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        if message["type"] != "http.request":
+            raise ClientGone
+        part = message.get("body", b"")
+        parts.append(part)
+        size += len(part)
+        if size > max_bytes:
+            raise _too_large(max_bytes)
+        if not message.get("more_body"):
+            return b"".join(parts)
+        message = await receive()
+
+
+def _too_large(max_bytes: int) -> PayloadTooLarge:
+    return PayloadTooLarge(f"the request body is larger than {max_bytes} bytes")
+
+
+class HangUp:
+    """`async with HangUp(receive):` cancels its block when the client disconnects and raises ClientGone instead.
+
+    Not needed, and then off, behind a server that cancels the handler itself. Enter only after the body was read.
+    """
+
+    def __init__(self, receive: Receive, enabled: bool) -> None:
+        self._receive = receive
+        self._enabled = enabled
+        self._gone = False
+        self._watcher: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> HangUp:
+        if self._enabled:
+            task = asyncio.current_task()
+            assert task is not None, "endpoints run in tasks"
+            self._watcher = asyncio.create_task(self._watch(task), name="hang-up")
+        return self
+
+    async def _watch(self, task: asyncio.Task[Any]) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._gone = True
+        task.cancel()
+
+    def ignore(self) -> None:
+        """Call before the last send: a server may report the end of the exchange as a disconnect."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.ignore()
+        if self._gone:
+            task = asyncio.current_task()
+            assert task is not None, "endpoints run in tasks"
+            if task.uncancel() == 0 and isinstance(error, asyncio.CancelledError):
+                raise ClientGone from None

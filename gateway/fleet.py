@@ -1,0 +1,235 @@
+"""The replicas this gateway can reach right now, kept so by following a directory.
+
+One task follows the directory; one task per listed replica connects, waits until the connection is lost, and tries
+again for as long as the replica stays listed. A replica that leaves the list takes no new request but finishes those
+it has. Knows nothing of HTTP or of what is in a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from typing import Protocol
+
+from gateway.config import GatewayConfig, ServedModel
+from gateway.directory import Directory
+from gateway.models import Model
+from policies.balance import ReplicaLoad, least_load
+from replicas.client import ReplicaConnection
+from replicas.protocol import (
+    Chunk,
+    ConfigError,
+    GenerateRequest,
+    ModelCard,
+    ModelNotFound,
+    NoReplica,
+    ReplicaAddress,
+    ReplicaState,
+    ReplicaStatus,
+    Unavailable,
+)
+
+logger = logging.getLogger(__name__)
+
+_RECONNECT_FIRST_S, _RECONNECT_MAX_S = 0.05, 2.0
+_LINGER_S = 0.2
+
+
+class Connection(Protocol):
+    """What the gateway needs of `replicas.client.ReplicaConnection`."""
+
+    @property
+    def address(self) -> ReplicaAddress: ...
+    @property
+    def card(self) -> ModelCard: ...
+    @property
+    def status(self) -> ReplicaStatus | None: ...
+    @property
+    def alive(self) -> bool: ...
+    @property
+    def in_flight(self) -> int: ...
+    def unadmitted(self) -> tuple[int, int]: ...
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[list[Chunk], None]: ...
+    async def wait_closed(self) -> None: ...
+    async def aclose(self) -> None: ...
+
+
+Connect = Callable[[ReplicaAddress], Awaitable[Connection]]
+
+
+class Fleet:
+    """Models by name and alias, and their live connections."""
+
+    def __init__(self, config: GatewayConfig, directory: Directory, connect: Connect | None = None) -> None:
+        self._served = {name: model for model in config.models for name in (model.name, *model.aliases)}
+        self._directory = directory
+        self._connect = connect or _connector(config)
+        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="gateway-tokenizer")
+        self._rng = random.Random()
+        self._models: dict[str, Model] = {}
+        self._connections: dict[ReplicaAddress, Connection] = {}
+        self._keepers: dict[ReplicaAddress, asyncio.Task[None]] = {}
+        self._leaving: set[asyncio.Task[None]] = set()
+        self._follower: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()
+
+    def start(self) -> None:
+        self._follower = asyncio.create_task(self._follow(), name="fleet-directory")
+
+    async def aclose(self) -> None:
+        tasks = [*([self._follower] if self._follower else []), *self._keepers.values(), *self._leaving]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    # ------------------------------------------------------------------------------------------------ who is there
+
+    @property
+    def connections(self) -> Iterable[Connection]:
+        return self._connections.values()
+
+    def served(self, name: str) -> ServedModel:
+        """The model behind a name or alias; ModelNotFound."""
+        served = self._served.get(name)
+        if served is None:
+            raise ModelNotFound(f"the model {name!r} does not exist", param="model")
+        return served
+
+    def card(self, model: str) -> ModelCard | None:
+        """The card of a model by its name proper, if any of its replicas has ever described it."""
+        known = self._models.get(model)
+        return known.card if known else None
+
+    def ready(self, model: str) -> list[Connection]:
+        return [
+            connection
+            for address, connection in self._connections.items()
+            if address.model == model and address in self._keepers and _takes_work(connection)
+        ]
+
+    def choose(self, model: str, avoid: Collection[Connection] = ()) -> Connection | None:
+        """The least loaded ready replica outside `avoid`, counting what has been sent since each last reported."""
+        candidates = [connection for connection in self.ready(model) if connection not in avoid]
+        if not candidates:
+            return None
+        return candidates[least_load([_load(c) for c in candidates], self._rng).index]
+
+    async def model(self, served: ServedModel, wait_s: float) -> Model:
+        """The model, once any of its replicas has described it; NoReplica after `wait_s`."""
+        if (model := self._models.get(served.name)) is not None:
+            return model
+        try:
+            async with asyncio.timeout(wait_s):
+                while served.name not in self._models:
+                    await self.change()
+        except TimeoutError:
+            raise NoReplica(f"no replica of {served.name!r} is ready") from None
+        return self._models[served.name]
+
+    async def change(self) -> None:
+        """Return when a connection has come or gone since this call."""
+        await self._changed.wait()
+
+    # ------------------------------------------------------------------------------------------------- keeping up
+
+    async def _follow(self) -> None:
+        async with aclosing(self._directory.watch()) as views:
+            async for addresses in views:
+                self._apply(addresses)
+
+    def _apply(self, addresses: Sequence[ReplicaAddress]) -> None:
+        wanted = {address for address in addresses if address.model in self._served}
+        for address in self._keepers.keys() - wanted:
+            self._dismiss(address)
+        for address in wanted - self._keepers.keys():
+            self._keepers[address] = asyncio.create_task(self._keep(address), name=f"keep-{address.replica_id}")
+        self._notify()
+
+    def _dismiss(self, address: ReplicaAddress) -> None:
+        keeper = self._keepers.pop(address)
+        connection = self._connections.get(address)
+        if connection is None or not connection.alive:
+            keeper.cancel()
+            return
+        leaving = asyncio.create_task(_when_idle(connection, keeper), name=f"leave-{address.replica_id}")
+        self._leaving.add(leaving)
+        leaving.add_done_callback(self._leaving.discard)
+
+    async def _keep(self, address: ReplicaAddress) -> None:
+        pause = _RECONNECT_FIRST_S
+        while True:
+            try:
+                connection = await self._connect(address)
+            except Unavailable as error:
+                logger.info("replica %s is listed but not reachable yet: %s", address.replica_id, error)
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, _RECONNECT_MAX_S)
+                continue
+            except ConfigError as error:
+                logger.error("replica %s cannot be used: %s", address.replica_id, error)
+                return
+            pause = _RECONNECT_FIRST_S
+            try:
+                await self._describe(address.model, connection.card)
+                self._connections[address] = connection
+                self._notify()
+                await connection.wait_closed()
+            except ConfigError as error:
+                logger.error("model %s cannot be served: %s", address.model, error)
+                return
+            finally:
+                self._connections.pop(address, None)
+                await connection.aclose()
+                self._notify()
+
+    async def _describe(self, name: str, card: ModelCard) -> None:
+        known = self._models.get(name)
+        if known is None or known.card != card:
+            default = self._served[name].default_max_tokens
+            loop = asyncio.get_running_loop()
+            try:
+                self._models[name] = await loop.run_in_executor(
+                    self._threads, Model, name, card, default, self._threads
+                )
+            except ConfigError:
+                raise
+            except Exception as error:  # the tokenizers library raises bare Exception
+                raise ConfigError(f"its tokenizer cannot be read: {error}") from error
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+def _connector(config: GatewayConfig) -> Connect:
+    async def connect(address: ReplicaAddress) -> Connection:
+        return await ReplicaConnection.connect(
+            address, gateway_id=config.gateway_id, timeout_s=config.connect_timeout_s
+        )
+
+    return connect
+
+
+def _takes_work(connection: Connection) -> bool:
+    status = connection.status
+    return connection.alive and (status is None or status.state is ReplicaState.READY)
+
+
+def _load(connection: Connection) -> ReplicaLoad:
+    status = connection.status
+    return ReplicaLoad(connection.address.replica_id, status.stats if status else None, *connection.unadmitted())
+
+
+async def _when_idle(connection: Connection, keeper: asyncio.Task[None]) -> None:
+    """A replica that left the list is let go when its last request of ours has ended."""
+    try:
+        while connection.alive and connection.in_flight:
+            await asyncio.sleep(_LINGER_S)
+    finally:
+        keeper.cancel()
+        await asyncio.gather(keeper, return_exceptions=True)
