@@ -49,6 +49,11 @@ class Retries:
     retry_after_s: float = 2.0
 
 
+def new_gateway_id() -> str:
+    """Unique among all gateway processes, living and dead."""
+    return f"gw-{uuid.uuid4().hex[:12]}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayConfig:
     """One gateway process.
@@ -64,7 +69,7 @@ class GatewayConfig:
     models: tuple[ServedModel, ...]
     database_url: str
     state_dir: str = ""
-    gateway_id: str = field(default_factory=lambda: f"gw-{uuid.uuid4().hex[:12]}")
+    gateway_id: str = field(default_factory=new_gateway_id)
     limits: Limits = field(default_factory=Limits)
     retries: Retries = field(default_factory=Retries)
     key_poll_s: float = 0.4
