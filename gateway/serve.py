@@ -45,7 +45,8 @@ class RayDirectory:
             yield tuple(known.values())
 
     async def _views(self) -> AsyncGenerator[DirectoryView, None]:
-        actor, version = None, ""
+        actor: Any = None
+        version = ""
         while True:
             try:
                 if actor is None:
@@ -81,4 +82,5 @@ def build(
 
     directory: name of the directory actor. options: of the ingress deployment, as `Deployment.options` takes them.
     """
-    return Gateway.options(**(options or {})).bind(config, directory, tuple(replicas))
+    deployment: Any = Gateway  # what the decorators made of it
+    return deployment.options(**(options or {})).bind(config, directory, tuple(replicas))
