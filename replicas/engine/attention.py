@@ -14,6 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from replicas.engine import native
+from replicas.engine.backend import NOT_BUILT_YET, native_obstacle, pick
 from replicas.engine.batch import StepBatch
 
 
@@ -91,4 +93,20 @@ class TorchAttention:
 
 
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Attention:
+    """`name`: "auto", "native", "torch", "triton" or "flash_attn"; ConfigError if it cannot be had here.
+
+    `.name` of the result says which it is. `head_dim` may be anything for the backends there are now.
+    """
+    obstacles = {
+        "flash_attn": NOT_BUILT_YET,
+        "triton": NOT_BUILT_YET,
+        "native": native_obstacle(device, dtype),
+        "torch": "",
+    }
+    if pick("attention", name, obstacles) == "native":
+        from replicas.engine.native.paged import NativeAttention
+
+        kernels = native.library()
+        assert kernels is not None, "native_obstacle found the kernels and now they are gone"
+        return NativeAttention(kernels)
     return TorchAttention()

@@ -1,6 +1,7 @@
 """The small operations of a decoder layer, behind one narrow interface so that a device may bring faster ones.
 
-`TorchOps` is the reference and runs anywhere torch does. `choose_ops(device, dtype)` picks the best for a device.
+`TorchOps` is the reference and runs anywhere torch does; `replicas.engine.native` has the same in C++ for CPUs.
+`choose_ops(device, dtype)` picks the best for a device.
 """
 
 from __future__ import annotations
@@ -10,11 +11,18 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from replicas.engine import native
+from replicas.engine.backend import native_obstacle, pick
+
 
 class Linear(Protocol):
     """y = x @ weight.T (+ bias): x [M, K] -> [M, N]. The weight is held in whatever layout the device likes."""
 
     def __call__(self, x: Tensor) -> Tensor: ...
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of the weight: ids int64 [T] -> [T, K]. A head tied to the embedding needs no second copy of it."""
+        ...
 
 
 class Ops(Protocol):
@@ -51,6 +59,9 @@ class TorchLinear:
     def __call__(self, x: Tensor) -> Tensor:
         return torch.nn.functional.linear(x, self.weight, self.bias)
 
+    def rows(self, ids: Tensor) -> Tensor:
+        return torch.nn.functional.embedding(ids, self.weight)
+
 
 class TorchOps:
     name = "torch"
@@ -81,5 +92,13 @@ class TorchOps:
         return torch.nn.functional.silu(gate) * up
 
 
-def choose_ops(device: torch.device, dtype: torch.dtype) -> Ops:
+def choose_ops(device: torch.device, dtype: torch.dtype, name: str = "auto") -> Ops:
+    """`name`: "auto", "native" or "torch"; ConfigError if it cannot be had. `.name` of the result says which it is."""
+    chosen = pick("ops", name, {"native": native_obstacle(device, dtype), "torch": ""})
+    if chosen == "native":
+        from replicas.engine.native.ops import NativeOps
+
+        kernels = native.library()
+        assert kernels is not None, "native_obstacle found the kernels and now they are gone"
+        return NativeOps(kernels)
     return TorchOps()

@@ -1,0 +1,415 @@
+// Paged causal attention over a mixed batch: decode rows and prefill chunks in one call, keys and values written first.
+//
+// Work is cut into tiles: (sequence, KV head, up to TILE_ROWS query rows); a row is one (token, query head of the
+// group), so grouped queries share every key they read. Keys are taken in aligned chunks of CHUNK positions; within a
+// chunk an online softmax (Milakov & Gimelshein, 2018; FlashAttention, Dao et al., 2022) runs over blocks of KEYS keys:
+//
+//     S[rows, KEYS] = Q K^T     register-tile product, K transposed into panels
+//     P = exp2(S - max)         in place
+//     O[rows, D] = O * r + P V  register-tile product, V copied into panels
+//
+// and chunks merge in ascending order. A chunk may be its own task (a split over the context: FlashDecoding, 2023) or run
+// after its predecessor in the same thread: the arithmetic is the same, chunk borders are fixed, and so a row's result
+// depends neither on batch, nor on prompt chunking, nor on the number of threads.
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "gemm.h"
+
+namespace sb {
+
+namespace {
+
+constexpr int KEYS = 64;
+constexpr int64_t CHUNK = 256;
+constexpr int64_t TILE_ROWS = 96;
+constexpr int KEY_PANELS = KEYS / PANEL;
+constexpr float NOTHING = -INFINITY;
+
+struct Batch {
+    const int64_t* slot_mapping;
+    const int32_t* query_start;
+    const int32_t* context_lens;
+    const int32_t* block_tables;
+    int64_t block_table_ld, sequences, tokens;
+};
+
+struct Shape {
+    int64_t block_size, block_stride, q_heads, kv_heads, head_dim;
+    int64_t window;  // 0: none
+    float scale;
+    int threads;
+};
+
+// Rows of a projection: token t, head h starts at data + t * row + h * head.
+struct Rows {
+    const float* data;
+    int64_t row, head;
+    const float* at(int64_t t, int64_t h) const { return data + t * row + h * head; }
+};
+
+struct Call {
+    const Batch& batch;
+    const Shape& shape;
+    Rows q;
+    const float* keys;
+    const float* values;
+    float* out;
+    int64_t group() const { return shape.q_heads / shape.kv_heads; }
+    int64_t width() const { return (shape.head_dim + PANEL - 1) / PANEL * PANEL; }  // of an O row
+};
+
+struct TileTask {
+    int64_t sequence, kv_head;
+    int64_t token, tokens;    // rows of q: [token, token + tokens)
+    int64_t position;         // of the first token
+    int64_t low, high;        // keys that any row sees: [low, high)
+    int64_t partial;          // floats into the buffer of partial results, or -1: not split
+    int64_t chunks() const { return (high - 1) / CHUNK - low / CHUNK + 1; }
+};
+
+// Running maximum, sum and unnormalised output of some rows.
+struct Accumulator {
+    float *maximum, *total, *o;
+    static int64_t floats(int64_t rows, int64_t width) { return rows * (width + 2); }
+    Accumulator(float* memory, int64_t rows, int64_t width)
+        : maximum(memory + rows * width), total(maximum + rows), o(memory) {}
+    void clear(int64_t rows, int64_t width) {
+        std::fill(maximum, maximum + rows, NOTHING);
+        std::memset(total, 0, rows * 4);
+        std::memset(o, 0, rows * width * 4);
+    }
+};
+
+SB_INLINE float scalar_exp2(float x) { return exp2(splat(x))[0]; }
+
+void merge(Accumulator& into, const Accumulator& part, int64_t rows, int64_t width) {
+    for (int64_t r = 0; r < rows; r++) {
+        if (part.maximum[r] == NOTHING) continue;
+        const float maximum = std::max(into.maximum[r], part.maximum[r]);
+        const float a = scalar_exp2(into.maximum[r] - maximum), b = scalar_exp2(part.maximum[r] - maximum);
+        into.maximum[r] = maximum;
+        into.total[r] = into.total[r] * a + part.total[r] * b;
+        for (int64_t d = 0; d < width; d += LANES)
+            store(into.o + r * width + d, load(into.o + r * width + d) * a + load(part.o + r * width + d) * b);
+    }
+}
+
+void write_out(const Call& call, const TileTask& tile, const Accumulator& done) {
+    const int64_t group = call.group(), dim = call.shape.head_dim, width = call.width();
+    for (int64_t r = 0; r < tile.tokens * group; r++) {
+        float* out = call.out + (tile.token + r / group) * call.shape.q_heads * dim + (tile.kv_head * group + r % group) * dim;
+        const float inverse = 1.0f / done.total[r];
+        for (int64_t d = 0; d < dim; d++) out[d] = done.o[r * width + d] * inverse;
+    }
+}
+
+typedef float quad __attribute__((vector_size(16)));
+typedef float quad_unaligned __attribute__((vector_size(16), aligned(4), may_alias));
+typedef int32_t quad_index __attribute__((vector_size(16)));
+
+// KEYS key rows of `dim` floats -> panels of K^T, each [dim][PANEL]; 4 x 4 blocks are transposed in registers.
+void pack_keys(const float* const* rows, int64_t dim, int count, float* out) {
+    for (int key = 0; key < count; key += 4) {
+        float* column = out + key / PANEL * dim * PANEL + key % PANEL;
+        int64_t d = 0;
+        for (; d + 4 <= dim; d += 4) {
+            const quad r0 = *reinterpret_cast<const quad_unaligned*>(rows[key] + d);
+            const quad r1 = *reinterpret_cast<const quad_unaligned*>(rows[key + 1] + d);
+            const quad r2 = *reinterpret_cast<const quad_unaligned*>(rows[key + 2] + d);
+            const quad r3 = *reinterpret_cast<const quad_unaligned*>(rows[key + 3] + d);
+            const quad a = __builtin_shuffle(r0, r1, quad_index{0, 4, 1, 5});
+            const quad b = __builtin_shuffle(r2, r3, quad_index{0, 4, 1, 5});
+            const quad c = __builtin_shuffle(r0, r1, quad_index{2, 6, 3, 7});
+            const quad e = __builtin_shuffle(r2, r3, quad_index{2, 6, 3, 7});
+            quad_unaligned* to = reinterpret_cast<quad_unaligned*>(column + d * PANEL);
+            to[0] = __builtin_shuffle(a, b, quad_index{0, 1, 4, 5});
+            to[PANEL / 4] = __builtin_shuffle(a, b, quad_index{2, 3, 6, 7});
+            to[2 * PANEL / 4] = __builtin_shuffle(c, e, quad_index{0, 1, 4, 5});
+            to[3 * PANEL / 4] = __builtin_shuffle(c, e, quad_index{2, 3, 6, 7});
+        }
+        for (; d < dim; d++)
+            for (int i = 0; i < 4; i++) column[d * PANEL + i] = rows[key + i][d];
+    }
+}
+
+// Value rows of `dim` floats -> panels [KEYS][PANEL], columns past `dim` zero.
+void pack_values(const float* const* rows, int64_t dim, int count, float* out) {
+    for (int64_t d = 0; d < dim; d += PANEL, out += KEYS * PANEL) {
+        const int64_t columns = std::min<int64_t>(PANEL, dim - d);
+        for (int key = 0; key < count; key++) {
+            float* to = out + key * PANEL;
+            if (columns == PANEL) {
+                store(to, load(rows[key] + d));
+                store(to + LANES, load(rows[key] + d + LANES));
+            } else {
+                std::memset(to, 0, PANEL * 4);
+                std::memcpy(to, rows[key] + d, columns * 4);
+            }
+        }
+    }
+}
+
+// Masks one row of scores to keys [begin, end), turns it into probabilities, rescales the row's accumulator.
+void softmax_row(float* scores, int begin, int end, float& maximum, float& total, float* o, int64_t width) {
+    if (begin >= end) {
+        std::memset(scores, 0, KEYS * 4);
+        return;
+    }
+    for (int i = 0; i < begin; i++) scores[i] = NOTHING;
+    for (int i = end; i < KEYS; i++) scores[i] = NOTHING;
+    vec peak = load(scores);
+    for (int i = LANES; i < KEYS; i += LANES) peak = max(peak, load(scores + i));
+    const float highest = std::max(maximum, max_of(peak));
+    const float rescale = scalar_exp2(maximum - highest);
+    const vec shift = splat(highest);
+    vec sums = {};
+    for (int i = 0; i < KEYS; i += LANES) {
+        const vec p = exp2(load(scores + i) - shift);
+        sums += p;
+        store(scores + i, p);
+    }
+    maximum = highest;
+    total = total * rescale + sum(sums);
+    if (rescale != 1.0f)
+        for (int64_t d = 0; d < width; d += LANES) store(o + d, load(o + d) * rescale);
+}
+
+// One thread's memory for one tile.
+struct Workspace {
+    float *q, *scores, *keys, *values, *chunk, *whole;
+    const float* key_rows[KEYS];
+    const float* value_rows[KEYS];
+    static int64_t floats(int64_t rows, int64_t dim, int64_t width) {
+        return rows * (dim + KEYS) + KEYS * (dim + width) + 2 * Accumulator::floats(rows, width) + 6 * 16;
+    }
+    Workspace(float* memory, int64_t rows, int64_t dim, int64_t width) {
+        auto take = [&memory](int64_t count) {
+            float* start = memory;
+            memory += (count + 15) / 16 * 16;
+            return start;
+        };
+        q = take(rows * dim);
+        scores = take(rows * KEYS);
+        keys = take(KEYS * dim);
+        values = take(KEYS * width);
+        chunk = take(Accumulator::floats(rows, width));
+        whole = take(Accumulator::floats(rows, width));
+    }
+};
+
+void pack_queries(const Call& call, const TileTask& tile, float* out) {
+    const int64_t group = call.group(), dim = call.shape.head_dim;
+    const RowBlocks blocks(tile.tokens * group);
+    const float scale = call.shape.scale * LOG2E;
+    for (int64_t b = 0; b < blocks.count; b++) {
+        const int height = blocks.height(b);
+        for (int i = 0; i < height; i++) {
+            const int64_t r = blocks.start(b) + i;
+            const float* q = call.q.at(tile.token + r / group, tile.kv_head * group + r % group);
+            float* to = out + blocks.start(b) * dim + i;
+            for (int64_t d = 0; d < dim; d++) to[d * height] = q[d] * scale;
+        }
+    }
+}
+
+// Addresses of keys first..first+KEYS-1; those outside the tile's [low, high) read zeros, so that memory which was never
+// written (or was given back behind a window) cannot bring a NaN.
+void find_rows(const Call& call, const TileTask& tile, int64_t first, const float* zeros, Workspace& work) {
+    const Shape& shape = call.shape;
+    const int32_t* table = call.batch.block_tables + tile.sequence * call.batch.block_table_ld;
+    for (int i = 0; i < KEYS; i++) {
+        const int64_t position = first + i;
+        if (position < tile.low || position >= tile.high) {
+            work.key_rows[i] = work.value_rows[i] = zeros;
+            continue;
+        }
+        const int64_t offset = table[position / shape.block_size] * shape.block_stride +
+                               (position % shape.block_size * shape.kv_heads + tile.kv_head) * shape.head_dim;
+        work.key_rows[i] = call.keys + offset;
+        work.value_rows[i] = call.values + offset;
+    }
+}
+
+template <int LD>
+void multiply(const RowBlocks& blocks, int64_t a_ld, const float* a, const float* b, int64_t panels, int64_t kc,
+              int64_t b_panel, float* c, int64_t c_ld, bool accumulate) {
+    for (int64_t p = 0; p < panels;) {
+        int step = 1;
+        for (int64_t i = 0; i < blocks.count; i++) {
+            const int rows = blocks.height(i);
+            step = panels_at_once(blocks.count == 1 ? rows : MAX_ROWS, panels - p);
+            Tile t{};
+            t.kc = kc;
+            t.a = a + blocks.start(i) * a_ld;
+            t.b = b + p * b_panel;
+            t.b_panel = b_panel;
+            t.c = c + blocks.start(i) * c_ld + p * PANEL;
+            t.c_ld = c_ld;
+            t.init = accumulate ? t.c : nullptr;
+            t.init_ld = c_ld;
+            t.prefetch = reinterpret_cast<const char*>(t.b);
+            tile_for<LD>(rows, step)(t);
+        }
+        p += step;
+    }
+}
+
+void run_chunk(const Call& call, const TileTask& tile, int64_t chunk, const float* zeros, Workspace& work,
+               Accumulator& into) {
+    const int64_t group = call.group(), dim = call.shape.head_dim, width = call.width(), window = call.shape.window;
+    const int64_t rows = tile.tokens * group;
+    const RowBlocks blocks(rows);
+    into.clear(rows, width);
+    const int64_t begin = std::max(chunk * CHUNK, tile.low / KEYS * KEYS);
+    const int64_t end = std::min((chunk + 1) * CHUNK, tile.high);
+    for (int64_t first = begin; first < end; first += KEYS) {
+        const int used = static_cast<int>(std::min<int64_t>(KEYS, end - first));
+        const int64_t panels = (used + PANEL - 1) / PANEL;
+        find_rows(call, tile, first, zeros, work);
+        pack_keys(work.key_rows, dim, static_cast<int>(panels * PANEL), work.keys);
+        pack_values(work.value_rows, dim, used, work.values);
+        multiply<0>(blocks, dim, work.q, work.keys, panels, dim, dim * PANEL, work.scores, KEYS, false);
+        for (int64_t r = 0; r < rows; r++) {
+            const int64_t position = tile.position + r / group - first;  // relative to this block of keys
+            const int64_t from = window ? std::max<int64_t>(0, position - window + 1) : 0;
+            softmax_row(work.scores + r * KEYS, static_cast<int>(std::min<int64_t>(from, KEYS)),
+                        static_cast<int>(std::clamp<int64_t>(position + 1, 0, KEYS)), into.maximum[r], into.total[r],
+                        into.o + r * width, width);
+        }
+        multiply<KEYS>(blocks, KEYS, work.scores, work.values, width / PANEL, used, KEYS * PANEL, into.o, width, true);
+    }
+}
+
+int64_t tile_tokens(const Call& call) { return std::max<int64_t>(1, TILE_ROWS / call.group()); }
+
+// Longest tiles first within a sequence, so that the last task to finish is a small one.
+void cut_tiles(const Call& call, std::vector<TileTask>& tiles) {
+    const Batch& batch = call.batch;
+    const int64_t step = tile_tokens(call);
+    tiles.clear();
+    for (int64_t s = 0; s < batch.sequences; s++) {
+        const int64_t start = batch.query_start[s], count = batch.query_start[s + 1] - start;
+        const int64_t first_position = batch.context_lens[s] - count;
+        for (int64_t t = (count - 1) / step * step; t >= 0 && count > 0; t -= step)
+            for (int64_t head = 0; head < call.shape.kv_heads; head++) {
+                TileTask tile{};
+                tile.sequence = s;
+                tile.kv_head = head;
+                tile.token = start + t;
+                tile.tokens = std::min(step, count - t);
+                tile.position = first_position + t;
+                tile.high = tile.position + tile.tokens;
+                tile.low = call.shape.window ? std::max<int64_t>(0, tile.position - call.shape.window + 1) : 0;
+                tile.partial = -1;
+                tiles.push_back(tile);
+            }
+    }
+}
+
+struct ChunkTask {
+    int64_t tile, chunk;  // chunk -1: all chunks of the tile, one after the other
+};
+
+// Splitting costs a pass over partial results: nothing beside a few rows' keys, but only worth it for a wide tile when
+// there are too few tiles to go round. Returns floats of partial results.
+int64_t cut_chunks(const Call& call, std::vector<TileTask>& tiles, std::vector<ChunkTask>& tasks) {
+    int64_t floats = 0;
+    tasks.clear();
+    for (size_t i = 0; i < tiles.size(); i++) {
+        TileTask& tile = tiles[i];
+        const int64_t rows = tile.tokens * call.group();
+        const bool narrow = rows <= 16 || static_cast<int64_t>(tiles.size()) < 4 * call.shape.threads;
+        if (tile.chunks() == 1 || !narrow) {
+            tasks.push_back({static_cast<int64_t>(i), -1});
+            continue;
+        }
+        tile.partial = floats;
+        floats += tile.chunks() * Accumulator::floats(rows, call.width());
+        for (int64_t c = 0; c < tile.chunks(); c++) tasks.push_back({static_cast<int64_t>(i), tile.low / CHUNK + c});
+    }
+    return floats;
+}
+
+void run_task(const Call& call, const TileTask& tile, int64_t chunk, float* partials, const float* zeros) {
+    static thread_local Scratch scratch;
+    const int64_t width = call.width(), rows = tile.tokens * call.group(), dim = call.shape.head_dim;
+    Workspace work(scratch.floats(Workspace::floats(rows, dim, width)), rows, dim, width);
+    pack_queries(call, tile, work.q);
+    if (chunk >= 0) {
+        const int64_t index = chunk - tile.low / CHUNK;
+        Accumulator part(partials + tile.partial + index * Accumulator::floats(rows, width), rows, width);
+        run_chunk(call, tile, chunk, zeros, work, part);
+        return;
+    }
+    Accumulator whole(work.whole, rows, width), part(work.chunk, rows, width);
+    whole.clear(rows, width);
+    for (int64_t c = 0; c < tile.chunks(); c++) {
+        run_chunk(call, tile, tile.low / CHUNK + c, zeros, work, part);
+        merge(whole, part, rows, width);
+    }
+    write_out(call, tile, whole);
+}
+
+void merge_split(const Call& call, const TileTask& tile, float* partials) {
+    static thread_local Scratch scratch;
+    const int64_t width = call.width(), rows = tile.tokens * call.group(), size = Accumulator::floats(rows, width);
+    Accumulator whole(scratch.floats(size), rows, width);
+    whole.clear(rows, width);
+    for (int64_t c = 0; c < tile.chunks(); c++) {
+        Accumulator part(partials + tile.partial + c * size, rows, width);
+        merge(whole, part, rows, width);
+    }
+    write_out(call, tile, whole);
+}
+
+void write_cache(const Shape& shape, int64_t slot, const Rows& from, int64_t token, float* cache) {
+    float* to = cache + slot / shape.block_size * shape.block_stride +
+                slot % shape.block_size * shape.kv_heads * shape.head_dim;
+    for (int64_t h = 0; h < shape.kv_heads; h++)
+        std::memcpy(to + h * shape.head_dim, from.at(token, h), shape.head_dim * 4);
+}
+
+}  // namespace
+
+}  // namespace sb
+
+using namespace sb;
+
+SB_EXPORT void sb_attention(const Batch* batch, const Shape* shape, const float* q, int64_t q_row, int64_t q_head,
+                            const float* k, int64_t k_row, int64_t k_head, const float* v, int64_t v_row, int64_t v_head,
+                            float* keys, float* values, float* out) {
+    static thread_local std::vector<TileTask> tiles;
+    static thread_local std::vector<ChunkTask> tasks;
+    static thread_local Scratch partial_scratch, zero_scratch;
+    const Call call{*batch, *shape, {q, q_row, q_head}, keys, values, out};
+    const Rows k_rows{k, k_row, k_head}, v_rows{v, v_row, v_head};
+    cut_tiles(call, tiles);
+    float* partials = partial_scratch.floats(cut_chunks(call, tiles, tasks));
+    float* zeros = zero_scratch.floats(shape->head_dim);
+    std::memset(zeros, 0, shape->head_dim * 4);
+    const TileTask* tile_list = tiles.data();
+    const ChunkTask* task_list = tasks.data();
+    const int64_t tile_count = static_cast<int64_t>(tiles.size()), task_count = static_cast<int64_t>(tasks.size());
+    const bool any_split = task_count > tile_count;
+#pragma omp parallel num_threads(shape->threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < batch->tokens; t++) {
+            write_cache(*shape, batch->slot_mapping[t], k_rows, t, keys);
+            write_cache(*shape, batch->slot_mapping[t], v_rows, t, values);
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < task_count; i++)
+            run_task(call, tile_list[task_list[i].tile], task_list[i].chunk, partials, zeros);
+        if (any_split) {
+#pragma omp for schedule(static)
+            for (int64_t i = 0; i < tile_count; i++)
+                if (tile_list[i].partial >= 0) merge_split(call, tile_list[i], partials);
+        }
+    }
+}

@@ -1,0 +1,150 @@
+// y[M, N] = x[M, K] * weight[N, K]^T + bias, for any M, from one packed copy of the weight.
+//
+//   weight [N, K]  ->  ceil(N / PANEL) panels, each [K][PANEL], columns past N zero
+//
+// A panel is read front to back exactly once per block of rows, so one row streams at memory speed, and a register tile
+// of MAX_ROWS x PANEL (Goto & van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008; BLIS) reaches the
+// multiply-add ceiling with many. Every output element is one chain over k = 0..K-1, so a row's result does not depend
+// on the other rows.
+
+#include "gemm.h"
+
+#include <omp.h>
+
+#include <algorithm>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace sb {
+
+namespace {
+
+constexpr int64_t DEPTH = 320;      // rows of a panel that stay in L1 while row blocks pass over them
+constexpr int64_t ROW_CHUNK = 168;  // rows of x whose DEPTH slice stays in L2 (a multiple of 6, 12 and 14)
+
+struct Linear {
+    const float* packed;
+    const float* bias;  // padded to whole panels, or null
+    int64_t n, k;
+};
+
+struct Call {
+    const Linear& w;
+    const float* a;  // packed row blocks: block at row r starts at a + r * K
+    float* y;
+    int64_t y_ld;
+    const RowBlocks& blocks;
+};
+
+void panel_slice(const Call& call, int64_t panel, int panels, int64_t k0, int64_t kc, int64_t block0, int64_t block1) {
+    const Linear& w = call.w;
+    const int64_t column = panel * PANEL;
+    const bool partial = column + panels * PANEL > w.n;
+    const float* b = w.packed + (panel * w.k + k0) * PANEL;
+    const int64_t bytes = kc * PANEL * 4, spread = std::max<int64_t>(1, block1 - block0);
+    for (int64_t i = block0; i < block1; i++) {
+        const int rows = call.blocks.height(i);
+        const int64_t row = call.blocks.start(i);
+        float* c = call.y + row * call.y_ld + column;
+        Tile t{};
+        float edge[MAX_ROWS * PANEL * 4];
+        t.c = partial ? edge : c;
+        t.c_ld = partial ? panels * PANEL : call.y_ld;
+        if (k0 > 0) {
+            if (partial)
+                for (int r = 0; r < rows; r++)
+                    std::memcpy(edge + r * t.c_ld, c + r * call.y_ld, (w.n - column) * 4);
+            t.init = t.c;
+            t.init_ld = t.c_ld;
+        } else if (w.bias) {
+            t.init = w.bias + column;
+        }
+        t.kc = kc;
+        t.a = call.a + row * w.k + k0 * rows;
+        t.b = b;
+        t.b_panel = w.k * PANEL;
+        // While row blocks pass over this slice, the next panel's slice comes in, an equal share with each block.
+        t.prefetch = reinterpret_cast<const char*>(b + panels * w.k * PANEL) + (i - block0) * bytes / spread;
+        t.prefetch_step = std::max<int64_t>(1, PANEL * 4 / spread);
+        tile_for<0>(rows, panels)(t);
+        if (partial)
+            for (int r = 0; r < rows; r++)
+                std::memcpy(c + r * call.y_ld, edge + r * t.c_ld, (w.n - column) * 4);
+    }
+}
+
+void panels_range(const Call& call, int64_t p0, int64_t p1, int64_t block0, int64_t block1) {
+    const int64_t k = call.w.k;
+    const bool single = block1 - block0 == 1;
+    const int64_t slices = single ? 1 : (k + DEPTH - 1) / DEPTH;
+    for (int64_t s = 0; s < slices; s++) {
+        const int64_t k0 = k * s / slices, kc = k * (s + 1) / slices - k0;
+        for (int64_t p = p0; p < p1;) {
+            const int panels = single ? panels_at_once(call.blocks.height(block0), p1 - p) : 1;
+            panel_slice(call, p, panels, k0, kc, block0, block1);
+            p += panels;
+        }
+    }
+}
+
+}  // namespace
+
+}  // namespace sb
+
+using namespace sb;
+
+SB_EXPORT int64_t sb_panel() { return PANEL; }
+
+SB_EXPORT void sb_pack(const float* weight, int64_t ld, int64_t n, int64_t k, float* packed, int threads) {
+    const int64_t panels = (n + PANEL - 1) / PANEL;
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    // 2 MiB pages: a streamed panel otherwise costs a page walk every 4 KiB.
+    const uintptr_t page = 4096, begin = (reinterpret_cast<uintptr_t>(packed) + page - 1) / page * page;
+    const uintptr_t end = reinterpret_cast<uintptr_t>(packed + panels * k * PANEL) / page * page;
+    if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+#pragma omp parallel for num_threads(threads)
+    for (int64_t p = 0; p < panels; p++) {
+        float* out = packed + p * k * PANEL;
+        const int64_t columns = std::min<int64_t>(PANEL, n - p * PANEL);
+        if (columns < PANEL) std::memset(out, 0, k * PANEL * 4);
+        for (int64_t c = 0; c < columns; c++)
+            for (int64_t i = 0; i < k; i++) out[i * PANEL + c] = weight[(p * PANEL + c) * ld + i];
+    }
+}
+
+SB_EXPORT void sb_unpack_rows(const Linear* w, const int64_t* rows, int64_t count, float* out) {
+    for (int64_t r = 0; r < count; r++) {
+        const float* column = w->packed + rows[r] / PANEL * w->k * PANEL + rows[r] % PANEL;
+        for (int64_t i = 0; i < w->k; i++) out[r * w->k + i] = column[i * PANEL];
+    }
+}
+
+SB_EXPORT void sb_linear(const Linear* w, const float* x, int64_t x_ld, float* y, int64_t m, int threads) {
+    if (m <= 0) return;
+    const RowBlocks blocks(m);
+    const int64_t panels = (w->n + PANEL - 1) / PANEL;
+    const int64_t row_chunks = (m + ROW_CHUNK - 1) / ROW_CHUNK;
+    const int64_t unit = 4;  // panels: a multiple of panels_at_once
+    const int64_t groups = std::clamp<int64_t>(panels / unit, 1, 8 * threads);
+    static thread_local Scratch scratch;
+    float* packed_x = m == 1 ? const_cast<float*>(x) : scratch.floats(m * w->k);
+    const Call call{*w, packed_x, y, w->n, blocks};
+#pragma omp parallel num_threads(threads)
+    {
+        if (m > 1) {
+#pragma omp for schedule(static)
+            for (int64_t i = 0; i < blocks.count; i++)
+                pack_rows(x + blocks.start(i) * x_ld, x_ld, blocks.height(i), w->k, packed_x + blocks.start(i) * w->k);
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t item = 0; item < row_chunks * groups; item++) {
+            const int64_t chunk = item / groups, group = item % groups;
+            const int64_t p0 = panels / unit * group / groups * unit;
+            const int64_t p1 = group + 1 == groups ? panels : panels / unit * (group + 1) / groups * unit;
+            panels_range(call, p0, p1, blocks.count * chunk / row_chunks, blocks.count * (chunk + 1) / row_chunks);
+        }
+    }
+}

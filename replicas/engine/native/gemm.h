@@ -1,0 +1,106 @@
+// The one register-tile kernel that linear layers and attention share.
+#pragma once
+
+#include <cstdlib>
+#include <utility>
+
+#include "simd.h"
+
+namespace sb {
+
+// One call computes C[MR, NP * PANEL] (+)= A[MR, kc] * B[kc, NP * PANEL].
+struct Tile {
+    int64_t kc;
+    const float* a;  // [kc][MR] where LD is 0, else [MR][LD]
+    const float* b;  // NP panels, each packed [kc][PANEL]
+    int64_t b_panel; // floats from one panel to the next
+    const float* init;  // where accumulators start: null for zero, a bias row (init_ld 0), or C itself
+    int64_t init_ld;
+    float* c;
+    int64_t c_ld;
+    const char* prefetch;  // bytes wanted soon, touched at prefetch + k * prefetch_step
+    int64_t prefetch_step;
+};
+
+template <int MR, int NP, int LD>
+void tile_kernel(const Tile& t) {
+    constexpr int NV = 2 * NP;
+    vec acc[MR][NV];
+    for (int i = 0; i < MR; i++)
+        for (int j = 0; j < NV; j++) acc[i][j] = t.init ? load(t.init + i * t.init_ld + j * LANES) : vec{};
+    const float* a = t.a;
+    const float* b = t.b;
+    const char* prefetch = t.prefetch;
+    const int64_t b_panel = t.b_panel, prefetch_step = t.prefetch_step;
+    for (int64_t k = 0; k < t.kc; k++) {
+        vec w[NV];
+        for (int j = 0; j < NV; j++) w[j] = load(b + (j / 2) * b_panel + (j % 2) * LANES);
+        __builtin_prefetch(prefetch);
+        prefetch += prefetch_step;
+        for (int i = 0; i < MR; i++) {
+            vec x = splat(a[LD ? i * LD : i]);
+            for (int j = 0; j < NV; j++) acc[i][j] += x * w[j];
+        }
+        a += LD ? 1 : MR;
+        b += PANEL;
+    }
+    for (int i = 0; i < MR; i++)
+        for (int j = 0; j < NV; j++) store(t.c + i * t.c_ld + j * LANES, acc[i][j]);
+}
+
+typedef void (*TileKernel)(const Tile&);
+
+constexpr bool fits(int rows, int panels) { return rows * panels <= MAX_ROWS; }
+
+// With few rows one panel gives too few independent chains to hide the latency of a multiply-add: take up to 4.
+constexpr int panels_at_once(int rows, int64_t available) {
+    return available >= 4 && fits(rows, 4) ? 4 : available >= 2 && fits(rows, 2) ? 2 : 1;
+}
+
+template <int LD, int NP, int... R>
+TileKernel pick_rows(int rows, std::integer_sequence<int, R...>) {
+    static const TileKernel table[] = {tile_kernel<R + 1, fits(R + 1, NP) ? NP : 1, LD>...};
+    return table[rows - 1];
+}
+
+// The kernel for `rows` in 1..MAX_ROWS and `panels` as panels_at_once gave it.
+template <int LD>
+TileKernel tile_for(int rows, int panels) {
+    constexpr auto all = std::make_integer_sequence<int, MAX_ROWS>{};
+    return panels == 4 ? pick_rows<LD, 4>(rows, all) : panels == 2 ? pick_rows<LD, 2>(rows, all) : pick_rows<LD, 1>(rows, all);
+}
+
+// [rows, k] with row stride ld -> packed [k][rows].
+SB_INLINE void pack_rows(const float* x, int64_t ld, int rows, int64_t k, float* out) {
+    for (int i = 0; i < rows; i++)
+        for (int64_t j = 0; j < k; j++) out[j * rows + i] = x[i * ld + j];
+}
+
+// `rows` rows cut into `count` register blocks of nearly equal height, none above MAX_ROWS.
+struct RowBlocks {
+    int64_t rows, count;
+    explicit RowBlocks(int64_t m) : rows(m), count((m + MAX_ROWS - 1) / MAX_ROWS) {}
+    int64_t start(int64_t i) const { return rows * i / count; }
+    int height(int64_t i) const { return static_cast<int>(start(i + 1) - start(i)); }
+};
+
+// Grows, never shrinks; each thread has its own: kernels need scratch on every call and malloc is not free.
+class Scratch {
+  public:
+    ~Scratch() { std::free(data_); }
+    float* floats(int64_t count) {
+        if (size_ < count) {
+            std::free(data_);
+            size_ = count + count / 2;
+            data_ = static_cast<float*>(std::aligned_alloc(64, (size_ * 4 + 63) / 64 * 64));
+            if (!data_) std::abort();
+        }
+        return data_;
+    }
+
+  private:
+    float* data_ = nullptr;
+    int64_t size_ = 0;
+};
+
+}  // namespace sb

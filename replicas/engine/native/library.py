@@ -1,0 +1,83 @@
+"""The C interface of the kernels as ctypes sees it: one declaration per function, checked at load."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, c_float, c_int, c_int64, c_void_p
+from pathlib import Path
+
+
+class LinearWeights(ctypes.Structure):
+    """`Linear` in gemm.cpp. packed: ceil(n / panel) panels of [k][panel]; bias: padded to whole panels, or None."""
+
+    _fields_ = (("packed", c_void_p), ("bias", c_void_p), ("n", c_int64), ("k", c_int64))
+
+
+class AttentionBatch(ctypes.Structure):
+    """`Batch` in attention.cpp: pointers into a StepBatch."""
+
+    _fields_ = (
+        ("slot_mapping", c_void_p),
+        ("query_start", c_void_p),
+        ("context_lens", c_void_p),
+        ("block_tables", c_void_p),
+        ("block_table_ld", c_int64),
+        ("sequences", c_int64),
+        ("tokens", c_int64),
+    )
+
+
+class AttentionShape(ctypes.Structure):
+    """`Shape` in attention.cpp; window 0 means none, block_stride is in floats."""
+
+    _fields_ = (
+        ("block_size", c_int64),
+        ("block_stride", c_int64),
+        ("q_heads", c_int64),
+        ("kv_heads", c_int64),
+        ("head_dim", c_int64),
+        ("window", c_int64),
+        ("scale", c_float),
+        ("threads", c_int),
+    )
+
+
+class Library:
+    """Typed entry points of one built library.
+
+    Long kernels are called without the interpreter lock. Those that take microseconds keep it: giving it up could cost
+    a whole switch interval (5 ms) whenever another thread is computing in Python.
+    """
+
+    def __init__(self, path: Path) -> None:
+        long, short = ctypes.CDLL(str(path)), ctypes.PyDLL(str(path))
+        self.path = path
+        self.panel: int = short.sb_panel()  # columns of one packed panel
+        self.pack = long.sb_pack
+        self.pack.argtypes = (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int)
+        self.linear = long.sb_linear
+        self.linear.argtypes = (POINTER(LinearWeights), c_void_p, c_int64, c_void_p, c_int64, c_int)
+        self.unpack_rows = short.sb_unpack_rows
+        self.unpack_rows.argtypes = (POINTER(LinearWeights), c_void_p, c_int64, c_void_p)
+        self.attention = long.sb_attention
+        self.attention.argtypes = (
+            *(POINTER(AttentionBatch), POINTER(AttentionShape)),
+            *(c_void_p, c_int64, c_int64) * 3,
+            *(c_void_p,) * 3,
+        )
+        self.rms_norm = short.sb_rms_norm
+        self.rms_norm.argtypes = (c_void_p, c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p, c_int)
+        self.rope = short.sb_rope
+        self.rope.argtypes = (*(c_void_p, c_int64, c_int64, c_int64) * 2, c_void_p, c_void_p, c_int64, c_int64, c_int)
+        self.silu_mul = short.sb_silu_mul
+        self.silu_mul.argtypes = (c_void_p, c_int64, c_int64, c_void_p, c_int)
+        for function in (
+            self.pack,
+            self.linear,
+            self.unpack_rows,
+            self.attention,
+            self.rms_norm,
+            self.rope,
+            self.silu_mul,
+        ):
+            function.restype = None

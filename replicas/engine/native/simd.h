@@ -1,0 +1,88 @@
+// Vectors of the widest size the target has, through GCC/Clang vector extensions: one source for AVX-512, AVX2, SSE, NEON.
+//
+// Two rules that every kernel here keeps, because greedy output must not depend on what else is in a batch:
+//   * one output element is one chain of fused multiply-adds in a fixed order, whatever the number of rows, threads or
+//     tiles around it;
+//   * reductions inside a vector always run over the same fixed tile width, padded with neutral elements.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+#define SB_VECTOR_BYTES 64
+#elif defined(__AVX__)
+#define SB_VECTOR_BYTES 32
+#else
+#define SB_VECTOR_BYTES 16
+#endif
+
+#define SB_EXPORT extern "C" __attribute__((visibility("default")))
+#define SB_INLINE static inline __attribute__((always_inline))
+
+namespace sb {
+
+typedef float vec __attribute__((vector_size(SB_VECTOR_BYTES)));
+typedef int32_t veci __attribute__((vector_size(SB_VECTOR_BYTES)));
+typedef float vec_unaligned __attribute__((vector_size(SB_VECTOR_BYTES), aligned(4), may_alias));
+
+constexpr int LANES = SB_VECTOR_BYTES / 4;
+constexpr int PANEL = 2 * LANES;  // columns of one packed panel: two vectors
+
+// Rows of the largest register tile: MAX_ROWS * 2 accumulators + 2 of the panel + 1 broadcast fit the register file.
+#if defined(__AVX512F__)
+constexpr int MAX_ROWS = 14;
+#elif defined(__aarch64__)
+constexpr int MAX_ROWS = 12;
+#else
+constexpr int MAX_ROWS = 6;
+#endif
+
+SB_INLINE vec load(const float* p) { return *reinterpret_cast<const vec_unaligned*>(p); }
+SB_INLINE void store(float* p, vec v) { *reinterpret_cast<vec_unaligned*>(p) = v; }
+SB_INLINE vec splat(float x) { return x - vec{}; }
+SB_INLINE vec select(veci mask, vec yes, vec no) { return mask ? yes : no; }
+SB_INLINE vec max(vec a, vec b) { return a > b ? a : b; }
+
+SB_INLINE float sum(vec v) {
+    float lanes[LANES], total = 0;
+    store(lanes, v);
+    for (int width = LANES / 2; width >= 1; width /= 2)
+        for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
+    total = lanes[0];
+    return total;
+}
+
+SB_INLINE float max_of(vec v) {
+    float lanes[LANES];
+    store(lanes, v);
+    for (int width = LANES / 2; width >= 1; width /= 2)
+        for (int i = 0; i < width; i++) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
+    return lanes[0];
+}
+
+// 2^x for x <= 127, about 1 ulp; x below -126 (and -inf) gives 0. Split into 2^round(x) by exponent bits and a degree-6
+// polynomial (Taylor of 2^f in f * ln 2, |f| <= 0.5, truncation 1.2e-8 relative).
+SB_INLINE vec exp2(vec x) {
+    const vec low = splat(-126.0f);
+    veci under = x < low;
+    x = select(under, low, x);
+    const vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
+    vec shifted = x + magic;
+    vec whole = shifted - magic;
+    vec f = x - whole;
+    vec p = splat(1.5403530e-4f);
+    p = p * f + 1.3333558e-3f;
+    p = p * f + 9.6181291e-3f;
+    p = p * f + 5.5504109e-2f;
+    p = p * f + 2.4022651e-1f;
+    p = p * f + 6.9314718e-1f;
+    p = p * f + 1.0f;
+    veci bits = (veci)shifted << 23;  // the integer sits in the low mantissa bits of `shifted`
+    vec result = (vec)((veci)p + bits);
+    return select(under, vec{}, result);
+}
+
+constexpr float LOG2E = 1.44269504088896340736f;
+
+}  // namespace sb
