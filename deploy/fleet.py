@@ -1,8 +1,8 @@
 """The fleet file: which models are served, by how many replicas of what size, behind which gateway.
 
 YAML, validated once, here. Unknown and repeated keys are refused with their line, their path and the nearest known
-name; what is not built yet is refused by name. Engine settings are the fields of the engine's own configuration: a default is
-written there and nowhere else.
+name; what is not built yet is refused by name. Engine settings are the fields of the engine's own configuration: a
+default is written there and nowhere else.
 """
 
 from __future__ import annotations

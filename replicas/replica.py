@@ -31,7 +31,7 @@ HEALTH_TIMEOUT_S = 20.0
 class ReplicaSpec:
     """What a replica process is told. Plain values: it crosses a process boundary.
 
-    engine: a key of ENGINES. source: local path of the checkpoint, of the tokenizer for a fake engine, or "".
+    engine: a key of ENGINES. source: of the checkpoint, of the tokenizer for a fake engine, or "".
     drain_s: how long requests that run may go on when the replica is told to go.
     """
 
@@ -80,7 +80,10 @@ ENGINES: Mapping[str, Callable[[ReplicaSpec], TokenEngine]] = {"signalbox": _sig
 class Replica:
     """The deployment's class. Serve calls the constructor, `check_health` every HEALTH_PERIOD_S, and the destructor."""
 
-    def __init__(self, spec: ReplicaSpec) -> None:
+    def __init__(self, spec: ReplicaSpec, resolve: Callable[[str], str]) -> None:
+        """`resolve` turns the spec's source into a local path, here, on the machine where the replica runs."""
+        if spec.source:
+            spec = replace(spec, source=resolve(spec.source))
         self._spec = spec
         self._server: ReplicaServer | None = None
         engine = ENGINES[spec.engine](spec)
@@ -126,7 +129,14 @@ class Replica:
         server.stop()
 
 
-def application(spec: ReplicaSpec, *, name: str, replicas: int, ray_actor_options: Mapping[str, Any]) -> Any:
+def application(
+    spec: ReplicaSpec,
+    *,
+    resolve: Callable[[str], str],
+    name: str,
+    replicas: int,
+    ray_actor_options: Mapping[str, Any],
+) -> Any:
     """`spec` as a bound Serve deployment called `name`."""
     deployment = serve.deployment(Replica).options(
         name=name,
@@ -137,4 +147,4 @@ def application(spec: ReplicaSpec, *, name: str, replicas: int, ray_actor_option
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         ray_actor_options=dict(ray_actor_options),
     )
-    return deployment.bind(spec)
+    return deployment.bind(spec, resolve)

@@ -1,0 +1,107 @@
+"""What a person at the terminal sees of an instance: progress, the ready message, the status table."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from deploy import instance, up
+from deploy.fleet import DEFAULT_FLEET, Fleet, load
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def serve(fleet_file: Path | None, *, detach: bool, host: str | None, port: int | None) -> None:
+    """`signalbox up`. Returns when the endpoint is healthy (detached) or when it was told to stop."""
+    fleet = load(fleet_file or DEFAULT_FLEET)
+    host, port = host or fleet.gateway.host, port or fleet.gateway.port
+    _fetch_models(fleet)
+    key = _first_key(fleet)
+    with up.interruptible():
+        launched = up.launch(fleet_file, host=host, port=port, detach=detach)
+        try:
+            with console.status("starting") as spinner:
+                for step in launched.steps():
+                    spinner.update(Text(f"starting: {step}"))
+            _show_ready(fleet, key)
+            if not detach:
+                console.print("Ctrl-C stops it.")
+                launched.process.wait()
+                console.print(f"the instance ended by itself; log: {instance.log_file()}")
+        except KeyboardInterrupt:
+            console.print("stopping")
+            launched.stop()
+        except BaseException:
+            launched.stop()
+            raise
+
+
+def _fetch_models(fleet: Fleet) -> None:
+    """Pull what is not in the cache yet, with progress, before anything is started."""
+    for model in fleet.models:
+        if source := getattr(model, "source", None) or getattr(model, "tokenizer", None):
+            from deploy.models import pull
+
+            pull(source)
+
+
+def _first_key(fleet: Fleet) -> str | None:
+    """The owner's key, made when this home has no key at all; None when only its hash is known."""
+    from gateway.keys import KeyRegister, load_secret
+
+    kept = instance.first_key_file()
+    with KeyRegister(database_url(fleet), load_secret(instance.home())) as register:
+        if register.list():
+            return kept.read_text().strip() if kept.exists() else None
+        key = register.create("default")
+    kept.touch(mode=0o600)
+    kept.write_text(key + "\n")
+    return key
+
+
+def database_url(fleet: Fleet) -> str:
+    return fleet.gateway.database or f"sqlite:///{instance.home() / 'signalbox.db'}"
+
+
+def _show_ready(fleet: Fleet, key: str | None) -> None:
+    record = instance.read()
+    assert record is not None, "the supervisor keeps its record while it runs"
+    shown = key or "$SIGNALBOX_API_KEY"
+    model = fleet.models[0].name
+    console.print(f"endpoint  {record.base_url}/v1")
+    console.print(f"key       {key or 'made earlier and not kept; `signalbox keys create NAME` makes another'}")
+    console.print(f"models    {', '.join(model.name for model in fleet.models)}")
+    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
+    console.print(
+        f'curl {record.base_url}/v1/chat/completions -H "Authorization: Bearer {shown}" '
+        f"-H 'Content-Type: application/json' -d {shlex.quote(body)}",
+        markup=False,
+    )
+
+
+def show(found: dict[str, Any]) -> None:
+    """`signalbox status` for a person."""
+    console.print(f"endpoint  {found['endpoint']}   {found['state']} {found['detail']}".rstrip())
+    console.print(f"fleet     {found['fleet']}   pid {found['pid']}   log {found['log']}")
+    for deployment in found["deployments"]:
+        if deployment["status"] != "HEALTHY":
+            console.print(f"{deployment['name']}: {deployment['status']} {deployment['message']}", markup=False)
+    table = Table("model", "replica", "state", "running", "waiting", "blocks used", "tokens out", box=None)
+    for replica in found["replicas"]:
+        stats = replica.get("stats", {})
+        used = stats.get("kv_blocks_total", 0) - stats.get("kv_blocks_free", 0)
+        table.add_row(
+            replica["model"],
+            replica["id"],
+            replica["state"],
+            str(stats.get("num_requests_running", "-")),
+            str(stats.get("num_requests_waiting", "-")),
+            f"{used}/{stats['kv_blocks_total']}" if stats else "-",
+            str(stats.get("generation_tokens", "-")),
+        )
+    console.print(table)
