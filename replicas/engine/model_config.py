@@ -6,7 +6,7 @@ model either runs as its authors meant it or does not start.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,7 +134,7 @@ _FAMILIES: Mapping[str, _Family] = {
     "Qwen2ForCausalLM": _Family(_QWEN, gguf="qwen2", always_qkv_bias=True),
     "Qwen3ForCausalLM": _Family({**_QWEN, "head_dim": 128}, gguf="qwen3", qk_norm=True, has_attention_bias=True),
 }
-SUPPORTED_ARCHITECTURES = tuple(_FAMILIES)
+_MOST_LAYERS = 1024
 _GGUF_ARCHITECTURES = {family.gguf: name for name, family in _FAMILIES.items() if family.gguf}
 
 
@@ -146,10 +146,11 @@ def config_from_hf(raw: Mapping[str, Any], generation: Mapping[str, Any] | None 
         raise ConfigError(f"architecture {names[0]!r} is not supported; supported: {', '.join(_FAMILIES)}")
     values = _Values({**family.defaults, **raw}, "config.json")
     _refuse_what_is_not_built(values)
-    num_heads, num_layers = values.integer("num_attention_heads"), values.integer("num_hidden_layers")
+    num_heads, num_layers = values.integer("num_attention_heads"), values.layers("num_hidden_layers")
     hidden_size, max_position = values.integer("hidden_size"), values.integer("max_position_embeddings")
     head_dim = values.integer("head_dim", hidden_size // max(num_heads, 1))
     theta, scaling = _hf_rope(values, max_position)
+    own_eos = values.token_ids("eos_token_id")
     attention_bias = family.has_attention_bias and bool(values.get("attention_bias", False))
     return ModelConfig(
         architecture=names[0],
@@ -170,8 +171,8 @@ def config_from_hf(raw: Mapping[str, Any], generation: Mapping[str, Any] | None 
         mlp_bias=family.has_mlp_bias and bool(values.get("mlp_bias", False)),
         qk_norm=family.qk_norm,
         windows=_hf_windows(names[0], values, num_layers),
-        eos_token_ids=_token_ids((generation or {}).get("eos_token_id"), values.get("eos_token_id")),
-        bos_token_id=next(iter(_token_ids(values.get("bos_token_id"))), None),
+        eos_token_ids=_once(*_Values(generation or {}, "generation_config.json").token_ids("eos_token_id"), *own_eos),
+        bos_token_id=next(iter(values.token_ids("bos_token_id")), None),
     )
 
 
@@ -194,9 +195,9 @@ def config_from_gguf(
     for key in ("rope.dimension_count", "attention.value_length"):
         if values.integer(key, head_dim) != head_dim:
             raise ConfigError(f"{prefix}{key} {values.integer(key)} differs from the head size {head_dim}: unsupported")
-    num_layers, window = values.integer("block_count"), values.get("attention.sliding_window") or None
-    tokens = metadata.get("tokenizer.ggml.tokens", ())
-    vocab = shapes.get("token_embd.weight", (values.integer("vocab_size", len(tokens)),))[0]
+    num_layers, window = values.layers("block_count"), values.integer("attention.sliding_window", 0) or None
+    vocab = shapes["token_embd.weight"][0] if "token_embd.weight" in shapes else values.integer("vocab_size")
+    ids = _Values(metadata, "GGUF metadata")
     return ModelConfig(
         architecture=architecture,
         vocab_size=vocab,
@@ -216,8 +217,8 @@ def config_from_gguf(
         mlp_bias="blk.0.ffn_gate.bias" in shapes,
         qk_norm=_FAMILIES[architecture].qk_norm,
         windows=(window,) * num_layers,
-        eos_token_ids=_token_ids(*(metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))),
-        bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
+        eos_token_ids=ids.token_ids(*(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))),
+        bos_token_id=next(iter(ids.token_ids("tokenizer.ggml.bos_token_id")), None),
     )
 
 
@@ -244,6 +245,24 @@ class _Values:
         if value != int(value):
             raise ConfigError(f"{self._prefix + key!r} in {self._file} must be a whole number, got {value!r}")
         return int(value)
+
+    def layers(self, key: str) -> int:
+        """A number of layers; a corrupt file must not make us lay out billions of them."""
+        value = self.integer(key)
+        if value > _MOST_LAYERS:
+            raise ConfigError(f"{self._prefix + key!r} in {self._file} is {value}, more than {_MOST_LAYERS}")
+        return value
+
+    def token_ids(self, *keys: str) -> tuple[int, ...]:
+        """The ids under all keys, each once, in order; a key may hold one id, a list of them or nothing."""
+        found: list[int] = []
+        for key in keys:
+            value = self.get(key, [])
+            for token_id in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(token_id, bool) or not isinstance(token_id, int):
+                    raise ConfigError(f"{self._prefix + key!r} in {self._file} must hold token ids, got {token_id!r}")
+                found.append(token_id)
+        return _once(*found)
 
 
 def _refuse_what_is_not_built(values: _Values) -> None:
@@ -318,10 +337,5 @@ def _gguf_rope_scaling(values: _Values, rope_freqs: tuple[float, ...], head_dim:
     )
 
 
-def _token_ids(*sources: int | Iterable[int] | None) -> tuple[int, ...]:
-    """All ids of all sources, each once, in order."""
-    found: dict[int, None] = {}
-    for source in sources:
-        for token_id in (source,) if isinstance(source, int) else source or ():
-            found[token_id] = None
-    return tuple(found)
+def _once(*token_ids: int) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(token_ids))

@@ -119,7 +119,7 @@ class GGUFCheckpoint:
         self.folder = path.parent
         self.gguf: GGUFFile | None = GGUFFile(path)
         self._file = file = self.gguf
-        if file.metadata.get("split.count", 1) > 1:
+        if file.metadata.get("split.count", 1) not in (0, 1):
             raise ConfigError(f"{path.name} is one part of a split GGUF, which is not supported; merge the parts first")
         shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
         freqs = tuple(file.read("rope_freqs.weight").tolist()) if "rope_freqs.weight" in shapes else ()
