@@ -31,7 +31,7 @@ class Limits:
     """What a caller may ask for. Counts are per request; `max_choices` bounds prompts x n."""
 
     max_body_bytes: int = 4 * 1024 * 1024
-    max_messages: int = 10_000
+    max_messages: int = 2048
     max_choices: int = 128
     body_timeout_s: float = 60.0
 

@@ -25,7 +25,7 @@ from gateway.errors import INTERNAL, error_body
 from gateway.fleet import Fleet
 from gateway.keys import KeyRing
 from gateway.metrics import Histogram, Metrics, ModelMetrics
-from gateway.models import Model
+from gateway.models import Model, item_path
 from gateway.requests import ChatRequest, CompletionRequest
 from gateway.responses import (
     DONE,
@@ -69,15 +69,7 @@ async def _encode_chat(request: ChatRequest, model: Model, tenant: str) -> Promp
 
 
 async def _encode_completion(request: CompletionRequest, model: Model, tenant: str) -> Prompts:
-    prompts = request.prompts()
-    several = len(prompts) > 1
-    encoded: Prompts = []
-    for number, prompt in enumerate(prompts):
-        param = f"prompt.{number}" if several else "prompt"
-        if prompt and not isinstance(prompt, str):
-            requests.check_token_ids(prompt, model.card.vocab_size, param)
-        encoded.append(await model.encode_prompt(prompt, param))
-    return encoded
+    return await model.encode_prompts(request.prompts())
 
 
 CHAT = Kind(ChatRequest, ChatShape(), "chatcmpl", "messages", _encode_chat)
@@ -171,16 +163,13 @@ class Generate:
 
     async def _plan(self, request: Request, model: Model, tenant: str) -> list[GenerateRequest]:
         """One engine request per prompt; everything the caller may have got wrong is found here at the latest."""
-        kind, limits = self._kind, self._config.limits
+        kind = self._kind
+        self._check_limits(request)
         prompts = await kind.encode(request, model, tenant)
-        if len(prompts) * request.choices > limits.max_choices:
-            raise InvalidRequest(
-                f"{len(prompts)} prompts x n={request.choices} are more than {limits.max_choices} choices", param="n"
-            )
         answer_id = f"{kind.id_prefix}-{secrets.token_hex(12)}"
         generations = []
         for number, ids in enumerate(prompts):
-            param = kind.param if len(prompts) == 1 else f"{kind.param}.{number}"
+            param = item_path(kind.param, number, len(prompts))
             max_tokens = model.max_tokens(len(ids), request.token_limit, param)
             sampling = request.sampling(max_tokens, request.logprobs_wanted, model.card.vocab_size)
             request_id = answer_id if len(prompts) == 1 else f"{answer_id}/{number}"
@@ -188,6 +177,18 @@ class Generate:
                 GenerateRequest(request_id=request_id, prompt_token_ids=ids, sampling=sampling, tenant=tenant)
             )
         return generations
+
+    def _check_limits(self, request: Request) -> None:
+        limits = self._config.limits
+        if request.prompt_count * request.choices > limits.max_choices:
+            raise InvalidRequest(
+                f"{request.prompt_count} prompts x n={request.choices} are more than {limits.max_choices} choices",
+                param="n" if request.choices > 1 else self._kind.param,
+            )
+        if isinstance(request, ChatRequest) and len(request.messages) > limits.max_messages:
+            raise InvalidRequest(
+                f"messages: {len(request.messages)} are more than {limits.max_messages}", param="messages"
+            )
 
     def _dispatch(self, model: str, generations: list[GenerateRequest]) -> dispatch.Chunks:
         streams = [dispatch.generate(self._fleet, model, each, self._config.retries) for each in generations]

@@ -6,9 +6,15 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 
+from gateway.requests import check_token_ids
 from gateway.template import ChatTemplate
 from gateway.tokenizer import Tokenizer
 from replicas.protocol import ContextLengthExceeded, InvalidRequest, ModelCard
+
+
+def item_path(param: str, number: int, count: int) -> str:
+    """Where a caller finds prompt `number`: the field itself if it holds only one."""
+    return param if count == 1 else f"{param}.{number}"
 
 
 class Model:
@@ -27,12 +33,22 @@ class Model:
 
     async def encode_chat(self, messages: Sequence[Mapping[str, str]], tenant: str) -> tuple[int, ...]:
         ids = await self._tokenizer.encode_chat(self._template.render(messages), tenant)
-        return self._checked(ids, "messages")
+        if not ids:
+            raise InvalidRequest("messages must not be empty", param="messages")
+        return tuple(ids)
 
-    async def encode_prompt(self, prompt: str | Sequence[int], param: str) -> tuple[int, ...]:
-        """A prompt of text, or of token ids that are used as they are; the ids are inside the vocabulary."""
-        ids = await self._tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt
-        return self._checked(ids, param)
+    async def encode_prompts(self, prompts: Sequence[str] | Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+        """Texts become tokens, token ids are used as they are once they are known to be in the vocabulary."""
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        given = [prompt for prompt in prompts if not isinstance(prompt, str)]
+        encoded = await self._tokenizer.encode_prompts(texts) if texts else given
+        for number, ids in enumerate(encoded):
+            param = item_path("prompt", number, len(prompts))
+            if not ids:
+                raise InvalidRequest(f"{param} must not be empty", param=param)
+            if given:
+                check_token_ids(ids, self.card.vocab_size, param)
+        return [tuple(ids) for ids in encoded]
 
     def max_tokens(self, prompt_tokens: int, asked: int | None, param: str) -> int:
         """How many tokens may be generated; ContextLengthExceeded (both counts in its message) when they do not fit."""
@@ -48,8 +64,3 @@ class Model:
         if asked is not None:
             return asked
         return min(self._default_max_tokens or room, room)
-
-    def _checked(self, ids: Sequence[int], param: str) -> tuple[int, ...]:
-        if not ids:
-            raise InvalidRequest(f"{param} must not be empty", param=param)
-        return tuple(ids)

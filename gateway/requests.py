@@ -8,7 +8,7 @@ min_tokens, ignore_eos and stop_token_ids are understood.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -131,6 +131,10 @@ class ChatRequest(Generation):
     prompt_cache_key: str | None = None
 
     @property
+    def prompt_count(self) -> int:
+        return 1
+
+    @property
     def token_limit(self) -> int | None:
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
@@ -177,14 +181,18 @@ class CompletionRequest(Generation):
         if self.best_of is not None and self.best_of != self.choices:
             raise NotSupported("best_of other than n is not supported", param="best_of")
 
-    def prompts(self) -> list[str | list[int]]:
-        """One entry per prompt; InvalidRequest when there is none."""
-        prompt = self.prompt
-        if isinstance(prompt, str):
-            return [prompt]
+    @property
+    def prompt_count(self) -> int:
+        return (
+            1 if isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int)) else len(self.prompt)
+        )
+
+    def prompts(self) -> list[str] | list[list[int]]:
+        """All texts, or all token ids; InvalidRequest when there is none."""
+        prompt: Any = self.prompt
         if not prompt:
             raise InvalidRequest("prompt must not be empty", param="prompt")
-        return [prompt] if isinstance(prompt[0], int) else list(prompt)
+        return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
 
 
 R = TypeVar("R", ChatRequest, CompletionRequest)
@@ -200,7 +208,7 @@ def parse(kind: type[R], body: bytes) -> R:
     return request
 
 
-def check_token_ids(ids: list[int], vocab_size: int, param: str) -> None:
+def check_token_ids(ids: Sequence[int], vocab_size: int, param: str) -> None:
     if max(ids) >= vocab_size:
         index = next(i for i, token in enumerate(ids) if token >= vocab_size)
         raise InvalidRequest(

@@ -69,18 +69,19 @@ class Tokenizer:
         self._bos: int | None = self._tokenizer.token_to_id(bos) if bos else None
         self._add_bos = card.add_bos
 
-    async def encode_prompt(self, text: str) -> Sequence[int]:
-        """A plain prompt: the special tokens that the model expects around it are added, a BOS never twice."""
-        if len(text) < _THREAD_FROM_CHARS:
-            ids = self._encode([text], True)[0]
+    async def encode_prompts(self, texts: list[str]) -> list[array[int]]:
+        """Plain prompts: the special tokens that the model expects around one are added, a BOS never twice."""
+        if sum(map(len, texts)) < _THREAD_FROM_CHARS:
+            encoded = self._encode(texts, True)
         else:
-            ids = (await self._in_thread([text], True))[0]
-        if self._bos is None:
-            return ids
-        if ids[:2] == array("i", [self._bos, self._bos]):
+            encoded = await self._in_thread(texts, True)
+        return encoded if self._bos is None else [self._with_one_bos(ids, self._bos) for ids in encoded]
+
+    def _with_one_bos(self, ids: array[int], bos: int) -> array[int]:
+        if ids[:2] == array("i", [bos, bos]):
             return ids[1:]
-        if self._add_bos and ids[:1] != array("i", [self._bos]):
-            return array("i", [self._bos]) + ids
+        if self._add_bos and ids[:1] != array("i", [bos]):
+            return array("i", [bos]) + ids
         return ids
 
     async def encode_chat(self, text: str, tenant: str) -> Sequence[int]:
