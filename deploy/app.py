@@ -6,19 +6,22 @@ imported, so it must be set before Ray starts, in every process.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import resource
 import socket
 import stat
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from deploy.fleet import Fleet, ModelGroup, load
 from deploy.instance import MARKER, identity
 from replicas.protocol import ConfigError
+
+log = logging.getLogger(__name__)
 
 # Of requests, which are open for as long as they stream. Serve queues silently beyond it, and its default is 5.
 MAX_STREAMS_PER_GATEWAY = 10_000
@@ -37,8 +40,11 @@ def build(args: Mapping[str, Any]) -> Any:
     return application(fleet, database_url=args.get("database", ""), state_dir=args.get("state_dir", ""))
 
 
-def application(fleet: Fleet, *, database_url: str, state_dir: str) -> Any:
-    """The bound application. Sources are resolved where the replicas run, from that machine's cache or a hub."""
+def application(fleet: Fleet, *, database_url: str, state_dir: str, prepare: Callable[[], object] = list) -> Any:
+    """The bound application. Sources are resolved where the replicas run, from that machine's cache or a hub.
+
+    Every model replica calls `prepare` first.
+    """
     from gateway.serve import build as gateway_application
     from replicas.replica import application as replica_application
 
@@ -47,6 +53,7 @@ def application(fleet: Fleet, *, database_url: str, state_dir: str) -> Any:
         replica_application(
             _spec(model),
             resolve=_resolve,
+            prepare=prepare,
             name=name,
             replicas=model.replicas.min,
             ray_actor_options=_actor_options(model),
@@ -120,9 +127,13 @@ def environment(run_dir: Path) -> dict[str, str]:
     variables = {
         MARKER: identity(),
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Ray takes the machine's outer address even when told 127.0.0.1, unless clusters are switched off by this name.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deploy.loopback:confine",
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(LOCAL_DRAINING_S),
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first_port),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first_port + 99),
@@ -182,4 +193,5 @@ def start(fleet: Fleet, run_dir: Path, *, host: str, port: int) -> None:
         _node_ip_address="127.0.0.1",
         _temp_dir=str(run_dir / "ray"),
     )
+    log.info("ray is up")
     serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=host, port=port))

@@ -6,58 +6,31 @@ import importlib
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import click
 import typer
-from typer.core import TyperGroup
 
 from replicas.protocol import SignalboxError
 
-# Subcommands that are built elsewhere: name -> (module, attribute, help).
-_MOUNTED = {
-    "chat": ("deploy.chat", "chat", "Talk to the endpoint from the terminal."),
-    "keys": ("deploy.keys_cli", "app", "Create, list and revoke API keys."),
-    "models": ("deploy.models_cli", "app", "Fetch and list models."),
-}
-
-
-class _LazyGroup(TyperGroup):
-    """Lists all subcommands, imports a mounted one only when it is called."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return [*super().list_commands(ctx), *_MOUNTED]
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _MOUNTED:
-            return super().get_command(ctx, cmd_name)
-        module, attribute, summary = _MOUNTED[cmd_name]
-        if ctx.resilient_parsing or not _is_called(ctx, cmd_name):
-            return click.Command(cmd_name, short_help=summary, help=summary)
-        return _as_command(getattr(importlib.import_module(module), attribute), cmd_name, summary)
-
-
-def _is_called(ctx: click.Context, name: str) -> bool:
-    return name in (*getattr(ctx, "protected_args", ()), *getattr(ctx, "_protected_args", ()), *ctx.args, *sys.argv[1:])
-
-
-def _as_command(built: Any, name: str, summary: str) -> click.Command:
-    if not isinstance(built, typer.Typer):
-        single = typer.Typer(add_completion=False)
-        single.command(name, help=summary)(built)
-        built = single
-    command: click.Command = typer.main.get_command(built)
-    command.name = name
-    return command
-
-
 app = typer.Typer(
-    cls=_LazyGroup,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Many language models behind one OpenAI-compatible door.",
 )
+
+# Everything after the name, --help included, is for the command that is called.
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+def _call(module: str, attribute: str, ctx: typer.Context) -> None:
+    """Run a command that is defined elsewhere, a Typer or a plain function, with the arguments that are left."""
+    built = getattr(importlib.import_module(module), attribute)
+    if not isinstance(built, typer.Typer):
+        single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        single.command()(built)
+        built = single
+    built(args=ctx.args, prog_name=ctx.command_path)
 
 
 def _show_version(wanted: bool) -> None:
@@ -113,6 +86,24 @@ def status(
         from deploy.front import show
 
         show(found)
+
+
+@app.command(context_settings=_PASS_ON)
+def chat(ctx: typer.Context) -> None:
+    """Talk to the endpoint from the terminal."""
+    _call("deploy.chat", "chat", ctx)
+
+
+@app.command(context_settings=_PASS_ON)
+def keys(ctx: typer.Context) -> None:
+    """Create, list and revoke API keys."""
+    _call("deploy.keys_cli", "app", ctx)
+
+
+@app.command(context_settings=_PASS_ON)
+def models(ctx: typer.Context) -> None:
+    """Fetch and list models."""
+    _call("deploy.models_cli", "app", ctx)
 
 
 def main() -> None:

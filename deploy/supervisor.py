@@ -29,6 +29,7 @@ from typing import Any
 from deploy import app, instance
 from deploy.fleet import DEFAULT_FLEET, Fleet, load
 from deploy.instance import Instance
+from deploy.loopback import confine
 from replicas.protocol import SignalboxError
 
 log = logging.getLogger(__name__)
@@ -113,9 +114,9 @@ class Supervisor:
         self._note("starting", "models and gateway")
         from ray import serve
 
-        database = f"sqlite:///{instance.home() / 'signalbox.db'}"
+        home = str(instance.home())
         serve.run(
-            app.application(fleet, database_url=database, state_dir=str(instance.home())),
+            app.application(fleet, database_url=f"sqlite:///{home}/signalbox.db", state_dir=home, prepare=confine),
             name="signalbox",
             blocking=False,
         )

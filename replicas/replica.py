@@ -80,8 +80,9 @@ ENGINES: Mapping[str, Callable[[ReplicaSpec], TokenEngine]] = {"signalbox": _sig
 class Replica:
     """The deployment's class. Serve calls the constructor, `check_health` every HEALTH_PERIOD_S, and the destructor."""
 
-    def __init__(self, spec: ReplicaSpec, resolve: Callable[[str], str]) -> None:
-        """`resolve` turns the spec's source into a local path, here, on the machine where the replica runs."""
+    def __init__(self, spec: ReplicaSpec, resolve: Callable[[str], str], prepare: Callable[[], object]) -> None:
+        """In the replica's process: `prepare` is called first, `resolve` turns the spec's source into a local path."""
+        prepare()
         if spec.source:
             spec = replace(spec, source=resolve(spec.source))
         self._spec = spec
@@ -133,6 +134,7 @@ def application(
     spec: ReplicaSpec,
     *,
     resolve: Callable[[str], str],
+    prepare: Callable[[], object],
     name: str,
     replicas: int,
     ray_actor_options: Mapping[str, Any],
@@ -147,4 +149,4 @@ def application(
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         ray_actor_options=dict(ray_actor_options),
     )
-    return deployment.bind(spec, resolve)
+    return deployment.bind(spec, resolve, prepare)
