@@ -1,0 +1,25 @@
+"""Where Signalbox keeps things on this machine. Nothing is created here: whoever writes makes the folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def state_dir() -> Path:
+    """Databases, keys and records of running instances: $SIGNALBOX_HOME, or a folder below $XDG_STATE_HOME."""
+    if home := os.environ.get("SIGNALBOX_HOME"):
+        return Path(home).expanduser()
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "signalbox"
+
+
+def cache_dir() -> Path:
+    """What can be fetched again: $SIGNALBOX_CACHE, or a folder below $XDG_CACHE_HOME."""
+    if cache := os.environ.get("SIGNALBOX_CACHE"):
+        return Path(cache).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "signalbox"
+
+
+def models_dir() -> Path:
+    """One folder per pulled model, whole or absent."""
+    return cache_dir() / "models"
