@@ -24,7 +24,6 @@ from replicas.protocol import ConfigError, Unavailable
 PYPI = "https://pypi.org/simple"
 _ATTEMPTS = 5  # in a row without a single new byte
 _BACKOFF_S = 0.1  # doubled with each attempt
-_CHUNK = 1 << 18
 _PERMANENT = range(400, 500)
 _RETRIED = (408, 425, 429)
 
@@ -132,7 +131,7 @@ def _fetch_once(client: httpx.Client, url: str, part: Path, offset: int, report:
         total = done + int(length) if length is not None else None
         with part.open("ab" if partial else "wb") as file:
             report(done, total)
-            for chunk in reply.iter_raw(_CHUNK):
+            for chunk in reply.iter_raw():  # no chunk size: httpx would hold back what a cut then loses
                 file.write(chunk)
                 done += len(chunk)
                 report(done, total)
