@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -64,13 +65,14 @@ class Decoder:
         self._scale = 1.0 / math.sqrt(config.head_dim)
         with torch.inference_mode():
             loader = _Loader(checkpoint, ops, device, dtype)
-            self._embedding = loader.tensor("model.embed_tokens.weight")
             self._layers = [loader.layer(index) for index in range(config.num_layers)]
             self._norm = loader.tensor("model.norm.weight")
-            if config.tie_word_embeddings:
-                self._head = ops.linear(self._embedding, None)
+            if config.tie_word_embeddings:  # one copy, in the layout that the head's product wants
+                self._head = loader.linear(["model.embed_tokens"], bias=False)
+                self._embed = self._head.rows
             else:
                 self._head = loader.linear(["lm_head"], bias=False)
+                self._embed = partial(_rows, loader.tensor("model.embed_tokens.weight"))
             self._cos_sin = rope_table(config, self.max_model_len).to(device)
         self.weight_bytes = loader.bytes_read
 
@@ -89,7 +91,7 @@ class Decoder:
         """Write every token's keys and values to `caches` (one a layer) and return logits, float32 [R, V], of
         batch.logits_rows."""
         ops, eps = self._ops, self.config.rms_norm_eps
-        residual = torch.nn.functional.embedding(batch.token_ids, self._embedding)
+        residual = self._embed(batch.token_ids)
         x = ops.rms_norm(residual, self._layers[0].input_norm, eps)
         for index, (layer, cache) in enumerate(zip(self._layers, caches, strict=True)):
             if index:
@@ -114,6 +116,10 @@ class Decoder:
             k = self._ops.rms_norm(k.contiguous(), layer.k_norm, eps)
         q, k = self._ops.rope(q, k, self._cos_sin, batch.positions)
         return self._attention(q, k, v, cache, batch, scale=self._scale, window=layer.window).flatten(1)
+
+
+def _rows(table: Tensor, ids: Tensor) -> Tensor:
+    return torch.nn.functional.embedding(ids, table)
 
 
 class _Loader:

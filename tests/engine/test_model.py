@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from replicas.engine.attention import LayerCache, TorchAttention
+from replicas.engine.attention import LayerCache, TorchAttention, choose_attention
 from replicas.engine.batch import StepBatch
 from replicas.engine.config import EngineConfig
 from replicas.engine.model import Decoder
-from replicas.engine.ops import TorchOps
+from replicas.engine.ops import TorchOps, choose_ops
 from replicas.engine.reference import Reference
+from replicas.engine.weights import open_checkpoint
 from replicas.protocol import ConfigError
 
 BLOCK_SIZE = 4
@@ -101,6 +102,16 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> D
     return Decoder.load(config, TorchOps(), TorchAttention(), torch.device("cpu"), dtype)
 
 
+def load_as_served(folder: Path) -> Decoder:
+    """With the operations and the attention that an engine on this CPU would choose."""
+    device, dtype = torch.device("cpu"), torch.float32
+    config = EngineConfig(model=str(folder))
+    head_dim = open_checkpoint(folder).config.head_dim
+    return Decoder.load(
+        config, choose_ops(device, dtype), choose_attention("auto", device, dtype, head_dim), device, dtype
+    )
+
+
 class Paged:
     """Feeds a decoder pieces of sequences over a paged cache whose blocks are dealt in random order."""
 
@@ -156,12 +167,12 @@ def test_logits_equal_transformers_and_the_oracle_in_one_piece_and_in_chunks(kin
     expected = hf_logits(model, ids)
     assert expected.std() > 0.5, "logits so flat that any bug would pass"
     torch.testing.assert_close(Reference.load(folder).logits(ids), expected, atol=1e-4, rtol=1e-4)
-    decoder = load(folder)
-    whole = Paged(decoder, 1).step([(0, ids)])
-    torch.testing.assert_close(whole, expected, atol=1e-4, rtol=1e-4)
-    paged = Paged(decoder, 1)
-    pieces = [paged.step([(0, ids[begin:end])]) for begin, end in ((0, 5), (5, 6), (6, 23), (23, 24), (24, 41))]
-    torch.testing.assert_close(torch.cat(pieces), expected, atol=1e-4, rtol=1e-4)
+    for decoder in (load(folder), load_as_served(folder)):
+        whole = Paged(decoder, 1).step([(0, ids)])
+        torch.testing.assert_close(whole, expected, atol=1e-4, rtol=1e-4)
+        paged = Paged(decoder, 1)
+        pieces = [paged.step([(0, ids[begin:end])]) for begin, end in ((0, 5), (5, 6), (6, 23), (23, 24), (24, 41))]
+        torch.testing.assert_close(torch.cat(pieces), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["llama 3 rope", "mistral window", "qwen3"])
