@@ -87,7 +87,9 @@ SB_EXPORT void sb_silu_mul(const float* gate_up, int64_t rows, int64_t width, fl
         for (int64_t i = 0; i < width; i += LANES) {
             const int64_t n = width - i;
             const vec g = load_some(gate + i, n), up = load_some(gate + width + i, n);
-            store_some(out + r * width + i, g / (1.0f + exp2(g * -LOG2E)) * up, n);
+            const vec power = g * -LOG2E;
+            const vec e = select(power > 127.0f, splat(INFINITY), exp2(min(power, splat(127.0f))));
+            store_some(out + r * width + i, g / (1.0f + e) * up, n);
         }
     }
 }

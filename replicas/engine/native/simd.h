@@ -43,6 +43,7 @@ SB_INLINE void store(float* p, vec v) { *reinterpret_cast<vec_unaligned*>(p) = v
 SB_INLINE vec splat(float x) { return x - vec{}; }
 SB_INLINE vec select(veci mask, vec yes, vec no) { return mask ? yes : no; }
 SB_INLINE vec max(vec a, vec b) { return a > b ? a : b; }
+SB_INLINE vec min(vec a, vec b) { return a < b ? a : b; }
 
 SB_INLINE float sum(vec v) {
     float lanes[LANES], total = 0;
