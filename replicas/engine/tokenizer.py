@@ -36,12 +36,11 @@ class Tokenizer:
     """Text to ids and ids to bytes.
 
     json: the `tokenizers` file, without truncation or padding. add_bos: whether a plain prompt starts with bos_token
-    (a chat template writes it itself). special_ids: control tokens, which have no place in output text.
+    (a chat template writes it itself); tokenizer.json's post-processor decides that, as in transformers 5, which
+    ignores add_bos_token beside it. special_ids: control tokens, which have no place in output text.
     """
 
-    def __init__(
-        self, source: str, chat_template: str, special_tokens: Mapping[str, str], add_bos: bool | None
-    ) -> None:
+    def __init__(self, source: str, chat_template: str, special_tokens: Mapping[str, str]) -> None:
         from tokenizers import Tokenizer as Backend
 
         try:
@@ -56,9 +55,7 @@ class Tokenizer:
         self.chat_template, self.special_tokens = chat_template, dict(special_tokens)
         self.bos_token_id = self._special_id("bos_token")
         self.eos_token_id = self._special_id("eos_token")
-        if add_bos is None:
-            add_bos = self.bos_token_id in self._backend.encode("a").ids[:1]
-        self.add_bos = add_bos and self.bos_token_id is not None
+        self.add_bos = self.bos_token_id in self._backend.encode("a").ids[:1]
         added = self._backend.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._added = {token_id: token.content.encode() for token_id, token in added.items()}
@@ -70,26 +67,26 @@ class Tokenizer:
         template = _template_beside(folder, settings)
         if (folder / "tokenizer.json").is_file():
             source = (folder / "tokenizer.json").read_text(encoding="utf-8")
-            specials, add_bos = _specials_beside(folder, settings), settings.get("add_bos_token")
         elif checkpoint.gguf is None:
             source = _convert(folder, None)
-            specials, add_bos = _specials_beside(folder, settings), settings.get("add_bos_token")
         else:
             return from_gguf(checkpoint.gguf)
+        specials = _specials_beside(folder, settings)
         if checkpoint.gguf is not None:
             template = template or str(checkpoint.gguf.metadata.get("tokenizer.chat_template", ""))
             specials = specials or _gguf_specials(checkpoint.gguf)
-            add_bos = _gguf_add_bos(checkpoint.gguf) if add_bos is None else add_bos
-        return cls(source, template, specials, add_bos)
+        return cls(source, template, specials)
 
     @property
     def vocab_size(self) -> int:
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a plain prompt, bos_token first where the model wants it; special tokens in it are recognised."""
+        """Ids of a plain prompt, bos_token first (never twice) where the model wants it; special tokens are known."""
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
-        return [self.bos_token_id, *ids] if self.add_bos and self.bos_token_id is not None else ids
+        if self.bos_token_id is None or not self.add_bos or ids[:1] == [self.bos_token_id]:
+            return ids
+        return [self.bos_token_id, *ids]
 
     def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
@@ -140,18 +137,27 @@ def from_gguf(file: GGUFFile) -> Tokenizer:
         raise ConfigError(
             f"{file.path.name}: tokenizer {kind!r} is not supported (gpt2 and llama are); needs a tokenizer.json"
         )
-    source = _convert(file.path.parent, file.path.name)
-    if pre in _DIGITS_APART or pre in _IGNORE_MERGES:
-        source = _as_llama_cpp_has_it(source, pre)
+    content = json.loads(_convert(file.path.parent, file.path.name))
+    if pre in _DIGITS_APART:
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        digits = {"type": "Digits", "individual_digits": True}
+        content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, byte_level]}
+    if pre in _IGNORE_MERGES:
+        content["model"]["ignore_merges"] = True
+    # transformers adds an unk_token of its own choice where the file has none: an id beyond the embedding.
+    tokens, specials = file.metadata.get("tokenizer.ggml.tokens", []), _gguf_specials(file)
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < len(tokens)]
+    content["post_processor"] = None
+    if "bos_token" in specials and _gguf_add_bos(file):
+        content["post_processor"] = _prepend(specials["bos_token"], file.metadata["tokenizer.ggml.bos_token_id"])
     template = str(file.metadata.get("tokenizer.chat_template", ""))
-    return Tokenizer(source, template, _gguf_specials(file), _gguf_add_bos(file))
+    return Tokenizer(json.dumps(content, ensure_ascii=False), template, specials)
 
 
 def write_tokenizer_files(gguf: Path, folder: Path) -> None:
     """Write tokenizer.json, tokenizer_config.json and chat_template.jinja, as `Tokenizer.load` reads them."""
     tokenizer = from_gguf(GGUFFile(gguf))
-    settings = {**tokenizer.special_tokens, "add_bos_token": tokenizer.add_bos}
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings = {**tokenizer.special_tokens, "tokenizer_class": "PreTrainedTokenizerFast"}
     (folder / "tokenizer.json").write_bytes(tokenizer.json)
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     if tokenizer.chat_template:
@@ -177,15 +183,15 @@ def _convert(folder: Path, gguf_file: str | None) -> str:
     return source
 
 
-def _as_llama_cpp_has_it(source: str, pre: str) -> str:
-    content = json.loads(source)
-    if pre in _DIGITS_APART:
-        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-        digits = {"type": "Digits", "individual_digits": True}
-        content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, byte_level]}
-    if pre in _IGNORE_MERGES:
-        content["model"]["ignore_merges"] = True
-    return json.dumps(content, ensure_ascii=False)
+def _prepend(token: str, token_id: int) -> dict[str, Any]:
+    """A post-processor that puts one token before every text."""
+    special, text = {"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [special, text],
+        "pair": [special, text, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {token: {"id": token, "ids": [token_id], "tokens": [token]}},
+    }
 
 
 def _tokenizer_config(folder: Path) -> dict[str, Any]:
