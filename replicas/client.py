@@ -94,6 +94,7 @@ class ReplicaConnection:
         }
         for descriptor, read in self._watched.items():
             self._loop.add_reader(descriptor, read)
+            self._loop.call_soon(read)  # until a socket was once read empty, its descriptor may never become readable
 
     @classmethod
     async def connect(
