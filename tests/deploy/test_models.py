@@ -289,6 +289,14 @@ def test_a_folder_that_is_not_whole_is_replaced(index: Index) -> None:
     assert open_checkpoint(folder).config.num_layers == 1
 
 
+def test_what_a_killed_pull_left_half_unpacked_is_cleared_away(index: Index, tmp_path: Path) -> None:
+    abandoned = tmp_path / "cache" / "models" / ".tiny-abcdef"
+    abandoned.mkdir(parents=True)
+    (abandoned / "tiny.gguf").write_bytes(b"half")
+    models.pull("tiny", quiet())
+    assert leftovers(tmp_path) == []
+
+
 def test_two_pulls_at_once_download_once(index: Index) -> None:
     index.cuts = [4000, 100]
     with ThreadPoolExecutor(4) as pool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -249,6 +250,13 @@ def test_missing_and_foreign_tensors_of_a_gguf_are_named(write: Write) -> None:
         open_checkpoint(path)
     _, path = write("Llama", extra=lambda writer: writer.add_uint16("split.count", 2))
     with pytest.raises(ConfigError, match=r"tiny.gguf is one part of a split GGUF"):
+        open_checkpoint(path)
+
+
+def test_without_the_gguf_package_the_error_says_what_is_missing(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, path = write("Llama")
+    monkeypatch.setitem(sys.modules, "gguf.constants", None)
+    with pytest.raises(ConfigError, match=r"reading tiny\.gguf needs the package gguf"):
         open_checkpoint(path)
 
 
