@@ -130,6 +130,8 @@ def environment(run_dir: Path) -> dict[str, str]:
         # Ray takes the machine's outer address even when told 127.0.0.1, unless clusters are switched off by this name.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        # Ray would start every worker, the engine and the gateway too, at nice 15.
+        "RAY_worker_niceness": "0",
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deploy.loopback:confine",
