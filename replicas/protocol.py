@@ -307,6 +307,26 @@ class KVEvent:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RouteDecision:
+    """Which replica a policy chose, and its whole reasoning.
+
+    `terms` maps each part of the score, and "score" itself, to one number per candidate, in the candidates' order;
+    the lowest score won (where it is a tie, by lot). `generation` numbers the policy document it was taken under.
+    `uncached_tokens` and `new_blocks` are what the chosen replica is expected to compute and allocate for the prompt;
+    `predicted_ms` is the expected time to first token, None for a policy that predicts none.
+    """
+
+    policy: str
+    replica_id: str
+    candidates: tuple[str, ...]
+    terms: Mapping[str, tuple[float, ...]]
+    generation: int = 0
+    uncached_tokens: int = 0
+    new_blocks: int = 0
+    predicted_ms: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCard:
     """What a gateway must know of a model to speak for it; a replica answers `describe` with it.
 

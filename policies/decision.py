@@ -1,0 +1,54 @@
+"""From scores to a RouteDecision: what every policy's last line does."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+
+import numpy as np
+
+from policies.fleet_view import Column, FleetView, RouteRequest
+from policies.prefix_index import Counts
+from replicas.protocol import NoReplica, RouteDecision
+
+
+def decide(
+    policy: str,
+    request: RouteRequest,
+    view: FleetView,
+    rng: random.Random,
+    score: Column,
+    terms: Mapping[str, Column],
+    *,
+    cached: Counts | None = None,
+    predicts: bool = False,
+) -> RouteDecision:
+    """The eligible replica with the lowest score; ties by lot. Raises NoReplica when none is eligible.
+
+    A replica that is not eligible or has an infinite score is no candidate and does not appear in the decision.
+    cached: prompt tokens each replica holds, where the policy asked. predicts: the score is the milliseconds to a first
+    token.
+    """
+    if not view.eligible.any():
+        raise NoReplica("no replica is ready")
+    allowed = score if view.eligible.all() else np.where(view.eligible, score, np.inf)
+    ties = np.flatnonzero(allowed == allowed.min())
+    best = int(ties[0] if len(ties) == 1 else rng.choice(ties.tolist()))
+    columns = {**terms, "score": allowed}
+    if np.isfinite(allowed).all():
+        candidates, kept = view.replica_ids, {name: tuple(column.tolist()) for name, column in columns.items()}
+    else:
+        open_to = np.flatnonzero(np.isfinite(allowed))
+        candidates = tuple(view.replica_ids[number] for number in open_to)
+        kept = {name: tuple(column[open_to].tolist()) for name, column in columns.items()}
+    held = 0 if cached is None else int(cached[best])
+    return RouteDecision(
+        policy=policy,
+        replica_id=view.replica_ids[best],
+        candidates=candidates,
+        terms=kept,
+        generation=view.generation,
+        uncached_tokens=request.prompt_tokens - held,
+        new_blocks=request.num_blocks - held // request.block_size,
+        predicted_ms=float(allowed[best]) if predicts else None,
+    )
