@@ -13,7 +13,8 @@ how a product or an attention is computed is the business of `Ops` and `Attentio
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -63,7 +64,7 @@ class Decoder:
         self.max_model_len = config.model_len(max_model_len)
         self._ops, self._attention = ops, attention
         self._scale = 1.0 / math.sqrt(config.head_dim)
-        with torch.inference_mode():
+        with torch.inference_mode(), _one_thread():
             loader = _Loader(checkpoint, ops, device, dtype)
             self._layers = [loader.layer(index) for index in range(config.num_layers)]
             self._norm = loader.tensor("model.norm.weight")
@@ -116,6 +117,19 @@ class Decoder:
             k = self._ops.rms_norm(k.contiguous(), layer.k_norm, eps)
         q, k = self._ops.rope(q, k, self._cos_sin, batch.positions)
         return self._attention(q, k, v, cache, batch, scale=self._scale, window=layer.window).flatten(1)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Load on one thread: thousands of short parallel loops each wait for their slowest thread, and while other
+    processes start on the same cores that wait is a scheduler's time slice (SmolLM2 on 2 busy cores: 2-4 s against
+    15-25)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _rows(table: Tensor, ids: Tensor) -> Tensor:

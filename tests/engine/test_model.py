@@ -260,6 +260,15 @@ def test_sizes_for_memory_and_bench_count_every_weight_once(save: Save) -> None:
     assert decoder.flops_per_token(10) - decoder.flops_per_token() == 3 * 4 * 48 * 10
 
 
+def test_loading_leaves_the_number_of_threads_as_it_was(save: Save) -> None:
+    _, folder = save("llama")
+    before = torch.get_num_threads()
+    load(folder)
+    with pytest.raises(ConfigError):
+        load(folder, max_model_len=129)
+    assert torch.get_num_threads() == before
+
+
 def test_a_longer_context_than_the_models_is_refused(save: Save) -> None:
     _, folder = save("llama")
     with pytest.raises(ConfigError, match=r"max_model_len 129 .* 128"):
