@@ -13,6 +13,9 @@ For every batch size, that many requests (random token ids, greedy, end of seque
 
 `first token` is the time from the start of this process to the first token of a first request: interpreter, imports,
 loading, everything. With --repeat, each figure is the median of the repetitions.
+
+--lines turns it into a worker for comparisons (load/bench_engine.py): one JSON line when ready, then for each batch
+size read from standard input one with the seconds to first tokens and to all tokens. Lines begin with "@@ ".
 """
 
 from __future__ import annotations
@@ -238,6 +241,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--attention", default=default.attention, help="attention backend (auto)")
     parser.add_argument("--threads", type=_positive, help="CPU threads (torch's own choice)")
     parser.add_argument("--budget", type=_positive, help="tokens of one step (the engine's own choice)")
+    parser.add_argument("--lines", action="store_true", help="take batch sizes from standard input, answer in JSON")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     return parser
 
@@ -269,14 +273,12 @@ def build_engine(args: argparse.Namespace) -> Engine:
     )
 
 
-def bench(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything as one JSON-ready dict: machine, settings, ceilings, first_token_s, results."""
-    engine = build_engine(args)
+def describe(engine: Engine, args: argparse.Namespace) -> dict[str, Any]:
+    """Machine, settings and the time to a first token; run it before anything else is measured."""
     run_batch(engine, 1, min(args.prompt, 8), 1, random.Random(0))
     first_token_s = seconds_since_process_start()
     loaded = engine.loaded
-    ceilings = measure_ceilings(loaded.device, loaded.dtype)
-    report: dict[str, Any] = {
+    return {
         **machine(),
         "model": Path(args.model).name,
         "device": str(loaded.device),
@@ -288,8 +290,15 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
         "output": args.output,
         "repeat": args.repeat,
         "first_token_s": first_token_s,
-        "ceilings": asdict(ceilings),
     }
+
+
+def bench(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything as one JSON-ready dict: description, ceilings, results."""
+    engine = build_engine(args)
+    report = describe(engine, args)
+    ceilings = measure_ceilings(engine.loaded.device, engine.loaded.dtype)
+    report["ceilings"] = asdict(ceilings)
     report["results"] = [
         bench_batch(engine, batch, args.prompt, args.output, args.repeat, ceilings) for batch in args.batch
     ]
@@ -310,11 +319,25 @@ def render(report: dict[str, Any]) -> str:
     return "\n".join([*lines, "", table(report["results"])])
 
 
+def answer_lines(args: argparse.Namespace) -> None:
+    engine = build_engine(args)
+    print("@@", json.dumps(describe(engine, args)), flush=True)
+    for line in sys.stdin:
+        batch = int(line)
+        rng = random.Random(batch)
+        prefill_s = run_batch(engine, batch, args.prompt, 1, rng).total_s
+        total_s = run_batch(engine, batch, args.prompt, args.output, rng).total_s
+        print("@@", json.dumps({"batch": batch, "prefill_s": prefill_s, "total_s": total_s}), flush=True)
+
+
 def main() -> int:
     args = arguments().parse_args()
     if args.json and not args.json.parent.is_dir():
         arguments().error(f"--json {str(args.json)!r}: no such folder {str(args.json.parent)!r}")
     try:
+        if args.lines:
+            answer_lines(args)
+            return 0
         report = bench(args)
     except SignalboxError as error:
         print(f"error: {error.message}", file=sys.stderr)

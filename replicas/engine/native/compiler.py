@@ -32,7 +32,7 @@ class BuildError(Exception):
 def cache_dir() -> Path:
     """SIGNALBOX_CACHE, else XDG_CACHE_HOME/signalbox, else ~/.cache/signalbox."""
     if explicit := os.environ.get("SIGNALBOX_CACHE"):
-        return Path(explicit)
+        return Path(explicit).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "signalbox"
 
 
