@@ -12,6 +12,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import select
 import shutil
 import signal
@@ -79,7 +80,7 @@ class Supervisor:
             failure = error.message
         except Exception as error:
             log.exception("start failed")
-            failure = str(error).strip() or type(error).__name__
+            failure = _reason(str(error).strip() or type(error).__name__)
         self._stopping = True
         try:
             self._stop(failure)
@@ -184,6 +185,27 @@ class Supervisor:
             self._note("failed", failure)
         else:
             instance.forget()
+
+
+def _reason(message: str) -> str:
+    """What a person can act on: the error that a replica's constructor raised, where there is one."""
+    import ray
+
+    reasons: list[str] = []
+    with suppress(Exception):  # Ray may be what failed
+        if ray.is_initialized():
+            from ray import serve
+
+            for application in serve.status().applications.values():
+                for deployment in application.deployments.values():
+                    reasons += last_error(deployment.message)
+    return "\n".join(dict.fromkeys(reasons)) or message.splitlines()[-1]
+
+
+def last_error(traceback: str) -> list[str]:
+    """The message of the last exception in a traceback's text; our own errors without their class."""
+    found = re.findall(r"^(?:[\w.]+\.)?(\w+(?:Error|Exception|Fault|Unavailable)): (.+)$", traceback, re.MULTILINE)
+    return [text if name == "ConfigError" else f"{name}: {text}" for name, text in found[-1:]]
 
 
 async def _survey() -> dict[str, Any]:
