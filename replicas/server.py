@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 
 import zmq
@@ -40,6 +40,7 @@ from replicas.protocol import (
     TokenEngine,
 )
 from replicas.sockets import Context, ReplicaSockets, Unreachable
+from replicas.streams import Peer, Stream, Streams
 
 log = logging.getLogger(__name__)
 
@@ -67,25 +68,6 @@ class ServerLimits:
     max_unread_bytes: int = 64 * 2**20
 
 
-@dataclass(slots=True, eq=False)
-class _Peer:
-    """A gateway's connection. last_seq: of its latest submission. sent/read: bytes of Chunks frames."""
-
-    routing_id: bytes
-    gateway_id: str
-    last_seq: int = 0
-    sent: int = 0
-    read: int = 0
-    outbox: list[wire.ChunkPart] = field(default_factory=list)
-
-
-@dataclass(slots=True, eq=False)
-class _Stream:
-    peer: _Peer
-    seq: int
-    started: bool = False
-
-
 class ReplicaServer:
     """Serves `engine` until `stop`. The engine is touched by the server's thread only, from `start` on."""
 
@@ -104,9 +86,8 @@ class ReplicaServer:
         self._engine = engine
         self._card = card or engine.card
         self._limits = limits or ServerLimits()
-        self._streams: dict[str, _Stream] = {}
-        self._request_ids: dict[tuple[bytes, int], str] = {}
-        self._peers: dict[bytes, _Peer] = {}
+        self._streams = Streams()
+        self._peers: dict[bytes, Peer] = {}
         self._sockets = ReplicaSockets(context or zmq.Context.instance(), host, self._limits.heartbeat_s)
         self.address = ReplicaAddress(
             replica_id=replica_id,
@@ -220,26 +201,22 @@ class ReplicaServer:
         stream = self._streams.get(chunk.request_id)
         if stream is None:
             return  # aborted in the meantime: nobody listens
-        stream.started = True
         stream.peer.outbox.append(wire.chunk_part(stream.seq, chunk))
         if chunk.terminal:
-            self._forget(chunk.request_id)
+            self._close(stream)
+        else:
+            self._streams.mark_started(stream)
 
-    def _forget(self, request_id: str) -> _Stream:
-        stream = self._streams.pop(request_id)
-        del self._request_ids[stream.peer.routing_id, stream.seq]
+    def _close(self, stream: Stream, *, abort: bool = False) -> None:
+        self._streams.close(stream)
         self._status_due = self._status_due or not self._streams
-        return stream
+        if abort and self._state is not ThreadState.FAILED:
+            self._engine.abort(stream.request_id)
 
-    def _end_all(self, error: Callable[[_Stream], SignalboxError], *, abort: bool = True) -> None:
-        for request_id in list(self._streams):
-            self._end(request_id, error(self._streams[request_id]), abort=abort)
-
-    def _end(self, request_id: str, error: SignalboxError, *, abort: bool) -> None:
-        stream = self._forget(request_id)
-        stream.peer.outbox.append(wire.error_part(stream.seq, error))
-        if abort:
-            self._engine.abort(request_id)
+    def _end_all(self, error: Callable[[Stream], SignalboxError], *, abort: bool = True) -> None:
+        for stream in self._streams:
+            stream.peer.outbox.append(wire.error_part(stream.seq, error(stream)))
+            self._close(stream, abort=abort)
 
     # ---------------------------------------------------------------- commands
 
@@ -298,24 +275,23 @@ class ReplicaServer:
         if command.incarnation != incarnation:
             self._refuse(routing_id, f"this is incarnation {incarnation}, not {command.incarnation}", fatal=True)
             return
-        peer = self._peers.setdefault(routing_id, _Peer(routing_id, command.gateway_id))
+        peer = self._peers.setdefault(routing_id, Peer(routing_id, command.gateway_id))
         card = wire.Card(incarnation, self._card, wire.status_message(self._status()))
         self._send(peer, wire.encode(card))
 
-    def _obey(self, peer: _Peer, command: wire.Submit | wire.Abort | wire.Ack | wire.Ping) -> None:
+    def _obey(self, peer: Peer, command: wire.Submit | wire.Abort | wire.Ack | wire.Ping) -> None:
         if isinstance(command, wire.Submit):
             self._submit(peer, command)
         elif isinstance(command, wire.Abort):
-            request_id = self._request_ids.get((peer.routing_id, command.seq))
-            if request_id is not None:  # else it ended while the abort was on its way
-                self._forget(request_id)
-                self._abort_in_engine(request_id)
+            stream = self._streams.find(peer, command.seq)
+            if stream is not None:  # else it ended while the abort was on its way
+                self._close(stream, abort=True)
         elif isinstance(command, wire.Ack):
             peer.read = max(peer.read, min(command.received_bytes, peer.sent))
         else:
             self._send(peer, wire.encode(wire.Pong(command.nonce)))
 
-    def _submit(self, peer: _Peer, command: wire.Submit) -> None:
+    def _submit(self, peer: Peer, command: wire.Submit) -> None:
         if command.seq <= peer.last_seq:
             raise wire.WireError(f"submission {command.seq} came after {peer.last_seq}")
         request = wire.request(command)
@@ -326,8 +302,7 @@ class ReplicaServer:
         except SignalboxError as error:
             peer.outbox.append(wire.error_part(command.seq, error))
             return
-        self._streams[request.request_id] = _Stream(peer, command.seq)
-        self._request_ids[peer.routing_id, command.seq] = request.request_id
+        self._streams.open(request.request_id, peer, command.seq)
 
     def _admit(self, request: GenerateRequest) -> None:
         if self._state is ThreadState.FAILED:
@@ -344,10 +319,6 @@ class ReplicaServer:
             log.exception("the engine could not take request %s", request.request_id)
             raise EngineFault("the engine could not take the request") from error
 
-    def _abort_in_engine(self, request_id: str) -> None:
-        if self._state is not ThreadState.FAILED:
-            self._engine.abort(request_id)
-
     # ---------------------------------------------------------------- what goes out
 
     def _flush(self) -> None:
@@ -360,25 +331,24 @@ class ReplicaServer:
                 if peer.sent - peer.read > self._limits.max_unread_bytes:
                     self._cut_off(peer)
 
-    def _send(self, peer: _Peer, frame: bytes) -> None:
+    def _send(self, peer: Peer, frame: bytes) -> None:
         try:
             self._sockets.send(peer.routing_id, frame)
         except Unreachable:
             self._lose(peer)
 
-    def _cut_off(self, peer: _Peer) -> None:
+    def _cut_off(self, peer: Peer) -> None:
         log.error("gateway %s leaves %d bytes unread: cut off", peer.gateway_id, peer.sent - peer.read)
         self._lose(peer)
         self._refuse(peer.routing_id, "too many unread bytes", fatal=True)
 
-    def _lose(self, peer: _Peer) -> None:
+    def _lose(self, peer: Peer) -> None:
         """Forget a gateway that nobody can reach; what it asked for leaves the engine."""
         if self._peers.pop(peer.routing_id, None) is None:
             return
-        lost = [request_id for request_id, stream in self._streams.items() if stream.peer is peer]
-        for request_id in lost:
-            self._forget(request_id)
-            self._abort_in_engine(request_id)
+        lost = [stream for stream in self._streams if stream.peer is peer]
+        for stream in lost:
+            self._close(stream, abort=True)
         log.info("gateway %s is gone, %d requests aborted", peer.gateway_id, len(lost))
 
     def _status(self) -> ReplicaStatus:
@@ -410,12 +380,11 @@ class ReplicaServer:
             return
         if self._streams and time.monotonic() < self._drain_until:
             return
-        self._end_all(_handed_back)
+        self._end_all(self._handed_back)
         self._flush()
         self._drained.set()
 
-
-def _handed_back(stream: _Stream) -> SignalboxError:
-    if stream.started:
-        return ReplicaLost("the replica shut down before the answer was complete")
-    return ReplicaDraining("the replica is draining")
+    def _handed_back(self, stream: Stream) -> SignalboxError:
+        if self._streams.has_started(stream):
+            return ReplicaLost("the replica shut down before the answer was complete")
+        return ReplicaDraining("the replica is draining")
