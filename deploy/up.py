@@ -56,9 +56,16 @@ class Launch:
             time.sleep(0.02)
 
     def stop(self) -> None:
+        """Let it finish what runs; interrupted meanwhile, end it at once."""
         with suppress(ProcessLookupError):
             self.process.send_signal(signal.SIGTERM)
-        self.process.wait()
+        try:
+            self.process.wait()
+        except KeyboardInterrupt:
+            self.process.kill()
+            self.process.wait()
+            instance.sweep(grace_s=0.0)
+            instance.forget()
 
 
 def launch(fleet: Path | None, *, host: str, port: int, detach: bool) -> Launch:
