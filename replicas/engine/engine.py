@@ -10,11 +10,13 @@ Knows nothing of sockets, Ray or HTTP; `replicas.server` drives it for a fleet.
 from __future__ import annotations
 
 import logging
+import math
 import random
 import time
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from replicas.engine.attention import LayerCache
@@ -325,7 +327,11 @@ class Engine:
         shape = (num_blocks, self.config.block_size, decoder.num_kv_heads, decoder.head_dim)
 
         def zeros() -> torch.Tensor:
-            return torch.zeros(shape, dtype=loaded.dtype, device=loaded.device)
+            if loaded.device.type != "cpu":
+                return torch.zeros(shape, dtype=loaded.dtype, device=loaded.device)
+            # calloc: pages come when they are first written. torch.zeros would touch gigabytes at start.
+            raw = np.zeros(math.prod(shape) * loaded.dtype.itemsize, dtype=np.uint8)
+            return torch.from_numpy(raw).view(loaded.dtype).view(shape)
 
         return [LayerCache(zeros(), zeros()) for _ in range(decoder.num_layers)]
 
