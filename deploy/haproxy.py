@@ -1,10 +1,11 @@
 """Run the real HAProxy on a configuration made safe; RAY_SERVE_HAPROXY_BINARY_PATH names a script that runs this.
 
-    python haproxy.py REAL_BINARY [haproxy's own arguments, among them -f FILE]
+    python haproxy.py HOST REAL_BINARY [haproxy's own arguments, among them -f FILE]
 
 Serve writes the configuration anew before every start; what it writes binds the statistics and metrics pages to every
 interface, lets every user of the machine steer the proxy, logs each request to a syslog port, and answers in plain text
-when no gateway is up. This rewrites FILE in place and becomes the real binary, so that pid and arguments stay what
+when no gateway is up. Serve itself is told to stay on loopback, so the public door is moved to HOST here, and nothing
+else is public. This rewrites FILE in place and becomes the real binary, so that pid and arguments stay what
 Serve expects. Standard library only, and nothing imported from this project: it must start in milliseconds.
 """
 
@@ -39,12 +40,13 @@ def unavailable_response() -> bytes:
     return head.encode() + body
 
 
-def rewrite(config: str, error_file: str) -> str:
-    """The configuration with loopback-only side doors, a private admin socket and JSON errors.
+def rewrite(config: str, error_file: str, host: str) -> str:
+    """The configuration with the public door on `host`, loopback-only side doors, a private admin socket, JSON errors.
 
     Raises ValueError when a line that must be changed is not there: a newer Serve writes something else, and binding
     to all interfaces must not come back unnoticed.
     """
+    address = f"[{host}]" if ":" in host else host
     rules = (
         (
             r"^(\s*bind) (?:\*|):(\d+)[ \t]*$(?=\n\s*(?:mode http\n\s*http-request use-service|stats enable))",
@@ -54,7 +56,7 @@ def rewrite(config: str, error_file: str) -> str:
         (r"(stats socket \S+ mode) 666", r"\1 600", 1),
         (r"^(\s*)log \S+ local0 info$", r"\1log stderr format raw local0 notice", 1),
         (r"^(\s*errorfile 50[234]) .*$", rf"\1 {error_file}", 3),
-        (r"^(frontend http_frontend\n(\s+)bind .*)$", rf"\1\n\2{_REQUEST_ID}", 1),
+        (r"^(frontend http_frontend\n(\s+)bind) \S+:(\d+)$", rf"\1 {address}:\3\n\2{_REQUEST_ID}", 1),
     )
     for pattern, replacement, expected in rules:
         config, count = re.subn(pattern, replacement, config, flags=re.MULTILINE)
@@ -64,12 +66,12 @@ def rewrite(config: str, error_file: str) -> str:
 
 
 def main(argv: list[str]) -> None:
-    binary, arguments = argv[1], argv[2:]
+    host, binary, arguments = argv[1], argv[2], argv[3:]
     if "-f" in arguments:
         path = arguments[arguments.index("-f") + 1]
         error_file = os.path.join(os.path.dirname(path), "unavailable.http")
         with open(path) as file:
-            config = rewrite(file.read(), error_file)
+            config = rewrite(file.read(), error_file, host)
         with open(error_file, "wb") as file:
             file.write(unavailable_response())
         with open(path, "w") as file:

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import signal
 import tempfile
 import time
@@ -98,6 +99,8 @@ def update(instance: Instance, **changes: Any) -> Instance:
 
 
 def forget() -> None:
+    """Remove the record and the scratch files of an instance that has ended."""
+    shutil.rmtree(run_dir(), ignore_errors=True)
     (home() / "instance.json").unlink(missing_ok=True)
 
 

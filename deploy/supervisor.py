@@ -109,8 +109,8 @@ class Supervisor:
         run_dir.mkdir(mode=0o700)
         threading.Thread(target=self._watch_leash, daemon=True).start()
         self._note("starting", "Ray")
-        os.environ.update(app.environment(run_dir))
-        app.start(fleet, run_dir, host=self._record.host, port=self._record.port)
+        os.environ.update(app.environment(fleet, run_dir, self._record.host))
+        app.start(fleet, run_dir, port=self._record.port)
         self._catch_signals()  # Ray has put its own handlers in their place
         self._note("starting", "models and gateway")
         from ray import serve
@@ -175,6 +175,8 @@ class Supervisor:
             from ray import serve
 
             with suppress(Exception):  # Ray itself may be what is broken; the sweep ends what is left
+                if not failure:
+                    serve.delete("signalbox")  # drains; a shutdown alone would cut the proxy off first
                 serve.shutdown()
             ray.shutdown()
 

@@ -48,7 +48,7 @@ def serve_config(tmp_path: Path) -> str:
 
 
 def test_side_doors_are_moved_to_loopback(tmp_path: Path) -> None:
-    text = haproxy.rewrite(serve_config(tmp_path), "/x/unavailable.http")
+    text = haproxy.rewrite(serve_config(tmp_path), "/x/unavailable.http", "127.0.0.1")
     binds = [line.split()[1] for line in text.splitlines() if line.strip().startswith("bind ")]
     assert sorted(binds) == ["127.0.0.1:8000", "127.0.0.1:8404", "127.0.0.1:9101"]
     assert "mode 666" not in text
@@ -57,14 +57,16 @@ def test_side_doors_are_moved_to_loopback(tmp_path: Path) -> None:
 
 
 def test_the_public_door_keeps_the_address_it_was_given(tmp_path: Path) -> None:
-    config = serve_config(tmp_path).replace("bind 127.0.0.1:8000", "bind *:8000")
-    assert "bind *:8000" in haproxy.rewrite(config, "/x")
+    for host, bind in (("0.0.0.0", "bind 0.0.0.0:8000"), ("::1", "bind [::1]:8000")):
+        text = haproxy.rewrite(serve_config(tmp_path), "/x", host)
+        assert bind in text
+        assert text.count("bind 127.0.0.1:") == 2
 
 
 def test_a_configuration_that_serve_writes_otherwise_is_refused(tmp_path: Path) -> None:
     config = serve_config(tmp_path).replace("bind *:8404", "bind 0.0.0.0:8404")
     with pytest.raises(ValueError, match="instead of"):
-        haproxy.rewrite(config, "/x")
+        haproxy.rewrite(config, "/x", "127.0.0.1")
 
 
 def test_the_real_haproxy_accepts_what_is_written(tmp_path: Path) -> None:
@@ -72,7 +74,7 @@ def test_the_real_haproxy_accepts_what_is_written(tmp_path: Path) -> None:
 
     config = tmp_path / "haproxy.cfg"
     config.write_text(serve_config(tmp_path))
-    command: list[Any] = [sys.executable, "-I", "-S", haproxy.__file__, get_haproxy_binary(), "-c", "-f", config]
+    command: list[Any] = [sys.executable, "-I", "-S", haproxy.__file__, "::1", get_haproxy_binary(), "-c", "-f", config]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ))
     assert done.returncode == 0, done.stderr
     assert "127.0.0.1:8404" in config.read_text()

@@ -27,7 +27,7 @@ models:
   - name: fake
     engine: fake
     num_cpus: 0.5
-    drain_s: 1
+    drain_s: 10
     engine_settings: {tokens_per_s: 20}
 """
 BODY = {"model": "fake", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 5}
@@ -177,7 +177,9 @@ def test_kill_9_of_the_replica_ends_the_stream_and_the_next_request_works(home: 
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_everything_that_up_started(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_ctrl_c_finishes_what_runs_and_stops_everything_that_up_started(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
     home = make_home(tmp_path_factory)
     with subprocess.Popen(
         home.command("up", home.fleet, "--port", str(home.port)), env=home.env, stdout=subprocess.PIPE, text=True
@@ -187,7 +189,13 @@ def test_ctrl_c_stops_everything_that_up_started(tmp_path_factory: pytest.TempPa
             if "Ctrl-C" in line:
                 break
         assert len(home.processes()) > 3
-        up.send_signal(signal.SIGINT)
+        with home.client() as client:
+            asked: dict[str, Any] = {**BODY, "stream": True, "max_tokens": 40}
+            with client.stream("POST", "/chat/completions", json=asked) as response:
+                lines = response.iter_lines()
+                assert next(lines)
+                up.send_signal(signal.SIGINT)
+                assert "data: [DONE]" in list(lines)
         assert up.wait(60) == 0
     assert home.processes() == []
     assert not (home.path / "instance.json").exists()
