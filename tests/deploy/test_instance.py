@@ -177,6 +177,26 @@ def test_kill_9_of_the_replica_ends_the_stream_and_the_next_request_works(home: 
 
 
 @pytest.mark.slow
+def test_a_directory_that_dies_is_filled_again_and_nobody_notices(home: Home) -> None:
+    def directories() -> list[int]:
+        return [pid for pid in home.processes() if b"DirectoryService" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+    def replicas() -> list[str]:
+        return [replica["state"] for replica in json.loads(home.run("status", "--json").stdout).get("replicas", [])]
+
+    [pid] = directories()
+    os.kill(pid, signal.SIGKILL)
+    with home.client() as client:
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            assert client.post("/chat/completions", json=BODY).status_code == 200
+            if "ready" in replicas():
+                break
+    assert "ready" in replicas()
+    assert directories() != [pid]
+
+
+@pytest.mark.slow
 def test_ctrl_c_finishes_what_runs_and_stops_everything_that_up_started(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
