@@ -3,6 +3,7 @@
 `library()` gives the kernels or None, and `why_not()` the reason; everything above falls back to torch then.
 
     simd.h           vectors of the target's widest size, exp2
+    team.h           how many threads to use while other processes want the cores too
     gemm.h, gemm.cpp linear layers on packed weights, and the register tile that attention shares
     attention.cpp    paged attention over a mixed batch
     elementwise.cpp  RMSNorm (with residual), RoPE, SiLU * up

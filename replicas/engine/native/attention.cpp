@@ -12,13 +12,12 @@
 // after its predecessor in the same thread: the arithmetic is the same, chunk borders are fixed, and so a row's result
 // depends neither on batch, nor on prompt chunking, nor on the number of threads.
 
-#include <omp.h>
-
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
 #include "gemm.h"
+#include "team.h"
 
 namespace sb {
 
@@ -182,8 +181,11 @@ void softmax_row(float* scores, int begin, int end, float& maximum, float& total
 // One thread's memory for one tile.
 struct Workspace {
     float *q, *scores, *keys, *values, *chunk, *whole;
-    const float* key_rows[KEYS];
-    const float* value_rows[KEYS];
+    // Where the rows of a block of keys lie: this block's and the next one's, which is being prefetched.
+    struct Found {
+        const float* keys[KEYS];
+        const float* values[KEYS];
+    } found[2];
     static int64_t floats(int64_t rows, int64_t dim, int64_t width) {
         return rows * (dim + KEYS) + KEYS * (dim + width) + 2 * Accumulator::floats(rows, width) + 6 * 16;
     }
@@ -217,22 +219,28 @@ void pack_queries(const Call& call, const TileTask& tile, float* out) {
     }
 }
 
-// Addresses of keys first..first+KEYS-1; those outside the tile's [low, high) read zeros, so that memory which was never
+// Addresses of keys first..first+KEYS-1, with a prefetch of what they point to; those outside the tile's [low, high) read zeros, so that memory which was never
 // written (or was given back behind a window) cannot bring a NaN.
-void find_rows(const Call& call, const TileTask& tile, int64_t first, const float* zeros, Workspace& work) {
+void find_rows(const Call& call, const TileTask& tile, int64_t first, const float* zeros, Workspace::Found& found) {
     const Shape& shape = call.shape;
     const int32_t* table = call.batch.block_tables + tile.sequence * call.batch.block_table_ld;
-    for (int i = 0; i < KEYS; i++) {
-        const int64_t position = first + i;
-        if (position < tile.low || position >= tile.high) {
-            work.key_rows[i] = work.value_rows[i] = zeros;
-            continue;
+    const int64_t dim = shape.head_dim, row = shape.kv_heads * dim, block_size = shape.block_size;
+    const int begin = static_cast<int>(std::clamp<int64_t>(tile.low - first, 0, KEYS));
+    const int end = static_cast<int>(std::clamp<int64_t>(tile.high - first, begin, KEYS));
+    std::fill(found.keys, found.keys + KEYS, zeros);
+    std::fill(found.values, found.values + KEYS, zeros);
+    int64_t block = (first + begin) / block_size, within = (first + begin) % block_size;
+    for (int i = begin; i < end; block++, within = 0) {
+        const int64_t start = table[block] * shape.block_stride + tile.kv_head * dim;
+        for (; within < block_size && i < end; within++, i++) {
+            found.keys[i] = call.keys + start + within * row;
+            found.values[i] = call.values + start + within * row;
         }
-        const int64_t offset = table[position / shape.block_size] * shape.block_stride +
-                               (position % shape.block_size * shape.kv_heads + tile.kv_head) * shape.head_dim;
-        work.key_rows[i] = call.keys + offset;
-        work.value_rows[i] = call.values + offset;
     }
+    for (int i = begin; i < end; i++)
+        for (int64_t d = 0; d < dim; d += 16) __builtin_prefetch(found.keys[i] + d);
+    for (int i = begin; i < end; i++)
+        for (int64_t d = 0; d < dim; d += 16) __builtin_prefetch(found.values[i] + d);
 }
 
 template <int LD>
@@ -267,12 +275,15 @@ void run_chunk(const Call& call, const TileTask& tile, int64_t chunk, const floa
     into.clear(rows, width);
     const int64_t begin = std::max(chunk * CHUNK, tile.low / KEYS * KEYS);
     const int64_t end = std::min((chunk + 1) * CHUNK, tile.high);
-    for (int64_t first = begin; first < end; first += KEYS) {
+    int current = 0;
+    find_rows(call, tile, begin, zeros, work.found[current]);
+    for (int64_t first = begin; first < end; first += KEYS, current ^= 1) {
         const int used = static_cast<int>(std::min<int64_t>(KEYS, end - first));
         const int64_t panels = (used + PANEL - 1) / PANEL;
-        find_rows(call, tile, first, zeros, work);
-        pack_keys(work.key_rows, dim, static_cast<int>(panels * PANEL), work.keys);
-        pack_values(work.value_rows, dim, used, work.values);
+        const Workspace::Found& found = work.found[current];
+        if (first + KEYS < end) find_rows(call, tile, first + KEYS, zeros, work.found[current ^ 1]);
+        pack_keys(found.keys, dim, static_cast<int>(panels * PANEL), work.keys);
+        pack_values(found.values, dim, used, work.values);
         multiply<0>(blocks, dim, work.q, work.keys, panels, dim, dim * PANEL, work.scores, KEYS, false);
         for (int64_t r = 0; r < rows; r++) {
             const int64_t position = tile.position + r / group - first;  // relative to this block of keys
@@ -396,20 +407,24 @@ SB_EXPORT void sb_attention(const Batch* batch, const Shape* shape, const float*
     const ChunkTask* task_list = tasks.data();
     const int64_t tile_count = static_cast<int64_t>(tiles.size()), task_count = static_cast<int64_t>(tasks.size());
     const bool any_split = task_count > tile_count;
-#pragma omp parallel num_threads(shape->threads)
+    Team team(shape->threads);
+#pragma omp parallel num_threads(team.size())
     {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
         for (int64_t t = 0; t < batch->tokens; t++) {
             write_cache(*shape, batch->slot_mapping[t], k_rows, t, keys);
             write_cache(*shape, batch->slot_mapping[t], v_rows, t, values);
         }
-#pragma omp for schedule(dynamic, 1)
+        team.wait();
+#pragma omp for schedule(dynamic, 1) nowait
         for (int64_t i = 0; i < task_count; i++)
             run_task(call, tile_list[task_list[i].tile], task_list[i].chunk, partials, zeros);
+        team.wait();
         if (any_split) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
             for (int64_t i = 0; i < tile_count; i++)
                 if (tile_list[i].partial >= 0) merge_split(call, tile_list[i], partials);
+            team.wait();
         }
     }
 }

@@ -1,11 +1,10 @@
 // The memory-bound operations between the matrix products, each one pass over its rows. Rows are independent.
 
-#include <omp.h>
-
 #include <algorithm>
 #include <cmath>
 
 #include "simd.h"
+#include "team.h"
 
 namespace sb {
 
@@ -63,7 +62,7 @@ using namespace sb;
 
 SB_EXPORT void sb_rms_norm(const float* x, float* add, const float* weight, float eps, int64_t rows, int64_t width,
                            float* out, int threads) {
-#pragma omp parallel for num_threads(threads) if (rows * width > PARALLEL_FLOATS)
+#pragma omp parallel for num_threads(Team(threads).size()) if (rows * width > PARALLEL_FLOATS)
     for (int64_t r = 0; r < rows; r++)
         rms_norm_row(x + r * width, add ? add + r * width : nullptr, weight, eps, width, out + r * width);
 }
@@ -72,7 +71,7 @@ SB_EXPORT void sb_rope(float* q, int64_t q_row, int64_t q_head, int64_t q_heads,
                        int64_t k_head, int64_t k_heads, const float* cos_sin, const int64_t* positions, int64_t tokens,
                        int64_t head_dim, int threads) {
     const int64_t half = head_dim / 2;
-#pragma omp parallel for num_threads(threads) if (tokens * (q_heads + k_heads) * head_dim > PARALLEL_FLOATS)
+#pragma omp parallel for num_threads(Team(threads).size()) if (tokens * (q_heads + k_heads) * head_dim > PARALLEL_FLOATS)
     for (int64_t t = 0; t < tokens; t++) {
         const float* cosines = cos_sin + positions[t] * head_dim;
         for (int64_t h = 0; h < q_heads; h++) rotate(q + t * q_row + h * q_head, cosines, cosines + half, half);
@@ -81,7 +80,7 @@ SB_EXPORT void sb_rope(float* q, int64_t q_row, int64_t q_head, int64_t q_heads,
 }
 
 SB_EXPORT void sb_silu_mul(const float* gate_up, int64_t rows, int64_t width, float* out, int threads) {
-#pragma omp parallel for num_threads(threads) if (rows * width > PARALLEL_FLOATS)
+#pragma omp parallel for num_threads(Team(threads).size()) if (rows * width > PARALLEL_FLOATS)
     for (int64_t r = 0; r < rows; r++) {
         const float* gate = gate_up + r * 2 * width;
         for (int64_t i = 0; i < width; i += LANES) {

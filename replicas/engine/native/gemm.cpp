@@ -8,8 +8,7 @@
 // on the other rows.
 
 #include "gemm.h"
-
-#include <omp.h>
+#include "team.h"
 
 #include <algorithm>
 
@@ -129,22 +128,25 @@ SB_EXPORT void sb_linear(const Linear* w, const float* x, int64_t x_ld, float* y
     const int64_t row_chunks = (m + ROW_CHUNK - 1) / ROW_CHUNK;
     const int64_t unit = 4;  // panels: a multiple of panels_at_once
     const int64_t groups = std::clamp<int64_t>(panels / unit, 1, 8 * threads);
+    Team team(threads);
     static thread_local Scratch scratch;
     float* packed_x = m == 1 ? const_cast<float*>(x) : scratch.floats(m * w->k);
     const Call call{*w, packed_x, y, w->n, blocks};
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(team.size())
     {
         if (m > 1) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
             for (int64_t i = 0; i < blocks.count; i++)
                 pack_rows(x + blocks.start(i) * x_ld, x_ld, blocks.height(i), w->k, packed_x + blocks.start(i) * w->k);
+            team.wait();
         }
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
         for (int64_t item = 0; item < row_chunks * groups; item++) {
             const int64_t chunk = item / groups, group = item % groups;
             const int64_t p0 = panels / unit * group / groups * unit;
             const int64_t p1 = group + 1 == groups ? panels : panels / unit * (group + 1) / groups * unit;
             panels_range(call, p0, p1, blocks.count * chunk / row_chunks, blocks.count * (chunk + 1) / row_chunks);
         }
+        team.wait();
     }
 }
