@@ -74,7 +74,7 @@ class Supervisor:
             self._start(load(self._fleet_path))
             self._note("ready", "")
             self._wait()
-        except _Stop:
+        except (_Stop, SystemExit):  # while Ray starts, SIGTERM has Ray's handler, which exits
             pass
         except SignalboxError as error:
             failure = error.message

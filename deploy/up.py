@@ -64,8 +64,8 @@ class Launch:
         except KeyboardInterrupt:
             self.process.kill()
             self.process.wait()
-            instance.sweep(grace_s=0.0)
-            instance.forget()
+        instance.sweep()  # nothing is left unless it was killed or ended while Ray was starting
+        instance.forget()
 
 
 def launch(fleet: Path | None, *, host: str, port: int, detach: bool) -> Launch:
