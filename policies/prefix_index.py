@@ -5,9 +5,10 @@
     index.leading(hashes, ("replica-1", "replica-2"))        # leading blocks of a prompt that each one holds
 
 One entry is a block's 8-byte fingerprint and a 64-bit set of replicas, whatever the number of replicas that hold the
-block. Entries live in chunks of 256 rows; a row is two cache lines:
+block. Entries live in chunks of 256 rows; a row is one cache line of fingerprints and one of sets:
 
-    row     | fp fp fp fp fp fp fp fp | set set set set set set set set |        8 slots, an empty one has fp 0
+    prints  | fp fp fp fp fp fp fp fp |            8 slots, an empty one has fp 0
+    sets    | set set set set set set set set |
     chunk   256 rows; a fingerprint may be in either of two rows of its chunk (two-choice hashing)
     top g bits of the fingerprint ─► directory[2^g] ─► chunk
 
@@ -39,7 +40,9 @@ _U64 = npt.NDArray[np.uint64]
 GROUP = 64  # replicas that share a table: the bits of a set
 _SLOTS = 8
 _ROWS = 256
-_CHUNK_WORDS = _ROWS * 2 * _SLOTS
+_CHUNK_SLOTS = _ROWS * _SLOTS
+_CHOICES = (np.uint64(32), np.uint64(40))  # where the fingerprint says its two rows
+_LAST_ROW = np.uint64(_ROWS - 1)
 _MASK = (1 << 64) - 1
 _MAX_DEPTH = 20
 _SWEPT_PER_UPDATE = 4  # chunks cleaned of departed replicas by every update
@@ -60,11 +63,13 @@ class _Table:
     def __init__(self, max_chunks: int, odd: int) -> None:
         # Reserved as a whole but committed by the operating system page by page, as chunks are first used.
         self._max_chunks = max_chunks
-        raw = np.zeros(max_chunks * _CHUNK_WORDS + _SLOTS, np.uint64)
+        size = max_chunks * _CHUNK_SLOTS
+        raw = np.zeros(2 * size + _SLOTS, np.uint64)
         skip = (-raw.ctypes.data % 64) // 8  # rows begin on a cache line
-        self._words: _U64 = raw[skip : skip + max_chunks * _CHUNK_WORDS]
-        self._rows: _U64 = self._words.reshape(-1, 2 * _SLOTS)
-        self._scalar = self._words.data  # four times faster than numpy for one word
+        self._prints: _U64 = raw[skip : skip + size].reshape(-1, _SLOTS)
+        self._sets: _U64 = raw[skip + size : skip + 2 * size].reshape(-1, _SLOTS)
+        # The same memory, four times faster than numpy for one word.
+        self._print, self._set = raw[skip : skip + size].data, raw[skip + size : skip + 2 * size].data
         self._odd = odd
         self._global_depth = 1
         self._directory = np.zeros(2, np.int64)
@@ -77,7 +82,7 @@ class _Table:
 
     @property
     def memory_bytes(self) -> int:
-        return len(self._depths) * (_CHUNK_WORDS * 8 + 8) + self._directory.nbytes
+        return len(self._depths) * (_CHUNK_SLOTS * 16 + 8) + self._directory.nbytes
 
     # ---------------------------------------------------------------- look-up
 
@@ -103,13 +108,14 @@ class _Table:
         return counts
 
     def _holders(self, prints: _U64) -> _U64:
-        base = self._directory[prints >> np.uint64(64 - self._global_depth)] * _ROWS
+        base = self._directory.take(prints >> np.uint64(64 - self._global_depth)) * _ROWS
         found = np.zeros(len(prints), np.uint64)
-        for shift in (32, 40):
-            row = base + ((prints >> np.uint64(shift)) & np.uint64(_ROWS - 1)).astype(np.int64)
-            rows = self._rows[row]
-            who, slot = np.nonzero(rows[:, :_SLOTS] == prints[:, None])
-            found[who] = rows[who, slot + _SLOTS]
+        sets = self._sets.reshape(-1)
+        for shift in _CHOICES:
+            row = base + ((prints >> shift) & _LAST_ROW).view(np.int64)
+            hit = np.flatnonzero(self._prints.take(row, axis=0) == prints[:, None])
+            who = hit >> 3
+            found[who] = sets.take(row.take(who) * _SLOTS + (hit & 7))
         return found
 
     # ---------------------------------------------------------------- change
@@ -117,18 +123,17 @@ class _Table:
     def add(self, print_: int, bit: int) -> None:
         while True:
             first, second = self._places(print_)
-            words = self._scalar
-            row1, row2 = words[first : first + _SLOTS].tolist(), words[second : second + _SLOTS].tolist()
+            row1, row2 = self._print[first : first + 8].tolist(), self._print[second : second + 8].tolist()
             if print_ in row1:
-                words[first + row1.index(print_) + _SLOTS] |= bit
+                self._set[first + row1.index(print_)] |= bit
                 return
             if print_ in row2:
-                words[second + row2.index(print_) + _SLOTS] |= bit
+                self._set[second + row2.index(print_)] |= bit
                 return
             empty1, empty2 = row1.count(0), row2.count(0)
             if empty1 or empty2:
                 slot = first + row1.index(0) if empty1 >= empty2 else second + row2.index(0)
-                words[slot], words[slot + _SLOTS] = print_, bit
+                self._print[slot], self._set[slot] = print_, bit
                 self.entries += 1
                 return
             if not self._split(print_):
@@ -137,21 +142,20 @@ class _Table:
 
     def remove(self, print_: int, bit: int) -> None:
         """A block that is not there is no error: it may have been dropped, or stored before events were lost."""
-        words = self._scalar
         for place in self._places(print_):
-            row = words[place : place + _SLOTS].tolist()
+            row = self._print[place : place + 8].tolist()
             if print_ in row:
                 slot = place + row.index(print_)
-                rest = words[slot + _SLOTS] & ~bit
-                words[slot + _SLOTS] = rest
+                rest = self._set[slot] & ~bit
+                self._set[slot] = rest
                 if not rest:
-                    words[slot] = 0
+                    self._print[slot] = 0
                     self.entries -= 1
                 return
 
     def _places(self, print_: int) -> tuple[int, int]:
-        base = int(self._directory[print_ >> (64 - self._global_depth)]) * _CHUNK_WORDS
-        return base + (print_ >> 32 & 255) * 2 * _SLOTS, base + (print_ >> 40 & 255) * 2 * _SLOTS
+        base = int(self._directory[print_ >> (64 - self._global_depth)]) * _CHUNK_SLOTS
+        return base + (print_ >> 32 & 255) * _SLOTS, base + (print_ >> 40 & 255) * _SLOTS
 
     def _split(self, print_: int) -> bool:
         old, new = int(self._directory[print_ >> (64 - self._global_depth)]), len(self._depths)
@@ -161,11 +165,11 @@ class _Table:
         if depth == self._global_depth:
             self._directory = np.repeat(self._directory, 2)
             self._global_depth += 1
-        kept, moved = (self._rows[i * _ROWS : (i + 1) * _ROWS] for i in (old, new))
-        moves = (kept[:, :_SLOTS] >> np.uint64(63 - depth)) & np.uint64(1) == 1
-        moves = np.hstack((moves, moves))
-        moved[moves] = kept[moves]
-        kept[moves] = 0
+        kept, moved = slice(old * _ROWS, (old + 1) * _ROWS), slice(new * _ROWS, (new + 1) * _ROWS)
+        moves = self._prints[kept] >> np.uint64(63 - depth) & np.uint64(1) == 1
+        for words in (self._prints, self._sets):
+            words[moved][moves] = words[kept][moves]
+            words[kept][moves] = 0
         self._depths[old] = depth + 1
         self._depths.append(depth + 1)
         width = 1 << (self._global_depth - depth - 1)
@@ -206,8 +210,8 @@ class _Table:
             if self._sweep_next >= len(self._depths):
                 self._retired = 0
                 return
-            rows = self._rows[self._sweep_next * _ROWS : (self._sweep_next + 1) * _ROWS]
-            prints, sets = rows[:, :_SLOTS], rows[:, _SLOTS:]
+            rows = slice(self._sweep_next * _ROWS, (self._sweep_next + 1) * _ROWS)
+            prints, sets = self._prints[rows], self._sets[rows]
             sets &= np.uint64(_MASK & ~self._retired)
             gone = (sets == 0) & (prints != 0)
             self.entries -= int(np.count_nonzero(gone))
