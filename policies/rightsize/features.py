@@ -1,0 +1,120 @@
+"""Prompt text -> numbers, without a vocabulary: cues (format, length, code, mathematics, language) and hashed n-grams.
+
+Stateless, so a table is hashed once however often it is split. Word hashes are CRC-32, character n-grams are hashed by
+a polynomial over the UTF-8 bytes: the same in every process and on every machine.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+
+import numpy as np
+from numpy.typing import NDArray
+
+Vector = NDArray[np.float32]
+Ids = NDArray[np.int32]
+
+HEAD_CHARS = 4096  # a long prompt is read at both ends: the question stands first or last
+TAIL_CHARS = 2048
+BUCKETS = 8192  # of words, and as many again of character n-grams
+
+_WORD = re.compile(r"\w+|[^\w\s]")
+_NUMBER = re.compile(r"\d+")
+_OPTION = re.compile(r"(?m)^\s*\(?[A-Ea-e1-5][).:]")
+_NAME = re.compile(r"\b[A-Z][a-z]+")
+_QUESTION = re.compile(r"(?i)\s*(who|what|when|where|which|how|why)\b")
+_ORDER = re.compile(r"(?i)\s*(write|create|implement|explain|solve|find|translate|summari[sz]e|list)\b")
+_CODE = re.compile(r"```|\bdef \w|\bclass \w|\bimport \w|#include|\breturn\b|=>|\);|\bSELECT\b|\bfunction\b")
+_MATH = re.compile(r"\\[a-z]+|\$[^$\n]+\$|\b\d+\s*[-+*/^=]\s*\d+")
+_STEPS = re.compile(r"(?i)step by step|boxed|careful|show your|reasoning|final answer")
+
+CUES = (
+    *("chars", "words", "word_length", "lines", "digit_share", "numbers", "dollars", "backslashes"),
+    *("commas", "comma_share", "ends_with_question", "questions", "options", "upper_share", "starts_lower"),
+    *("quotes", "ends_with_stop", "operators", "underscores", "brackets", "foreign_share", "blank", "full_stops"),
+    *("names", "question_word", "order_word", "code", "math", "steps"),
+)
+
+
+def clip(text: str) -> str:
+    """What the predictor reads of a prompt: all of it, or both ends of a long one."""
+    if len(text) <= HEAD_CHARS + TAIL_CHARS:
+        return text
+    return f"{text[:HEAD_CHARS]}\n{text[-TAIL_CHARS:]}"
+
+
+def cues(text: str) -> Vector:
+    """The values of `CUES` for one prompt, float32 [len(CUES)]; counts are log(1 + n). Any text is fine, "" too."""
+    read = clip(text)
+    chars, words = len(read) + 1, len(read.split()) + 1
+    end = read.rstrip()[-1:]
+    counts = {
+        "chars": len(text),
+        "words": words * (len(text) + 1) / chars,
+        "lines": read.count("\n"),
+        "numbers": len(_NUMBER.findall(read)),
+        "dollars": read.count("$"),
+        "backslashes": read.count("\\"),
+        "commas": read.count(","),
+        "questions": read.count("?"),
+        "options": len(_OPTION.findall(read)),
+        "quotes": read.count('"'),
+        "operators": sum(map(read.count, "=+*/^<>")),
+        "underscores": read.count("_"),
+        "brackets": read.count("("),
+        "full_stops": read.count("."),
+        "names": len(_NAME.findall(read)),
+        "code": len(_CODE.findall(read)),
+        "math": len(_MATH.findall(read)),
+        "steps": len(_STEPS.findall(read)),
+    }
+    plain = {
+        "word_length": chars / words,
+        "digit_share": sum(map(read.count, "0123456789")) / chars,
+        "comma_share": read.count(",") / words,
+        "ends_with_question": end == "?",
+        "upper_share": sum(map(str.isupper, read)) / chars,
+        "starts_lower": read[:1].islower(),
+        "ends_with_stop": end in (".", ":"),
+        "foreign_share": (len(read.encode("utf-8", "replace")) - len(read)) / chars,
+        "blank": "___" in read,
+        "question_word": _QUESTION.match(read) is not None,
+        "order_word": _ORDER.match(read) is not None,
+    }
+    values = {name: np.log1p(count) for name, count in counts.items()} | {k: float(v) for k, v in plain.items()}
+    return np.array([values[name] for name in CUES], dtype=np.float32)
+
+
+def hashed_counts(text: str) -> tuple[Ids, Vector]:
+    """Hashed word 1-2-grams (buckets 0..BUCKETS) and byte 3-5-grams (the next BUCKETS): sorted ids, 1 + log(count)."""
+    read = clip(text)
+    hashes = np.array([zlib.crc32(word.encode("utf-8", "replace")) for word in _WORD.findall(read.lower())], np.uint32)
+    pairs = hashes[:-1] * np.uint32(0x9E3779B1) + hashes[1:]
+    words = np.bincount(_bucket(np.concatenate((hashes, pairs))), minlength=BUCKETS)
+    stream = np.frombuffer(f" {' '.join(read.split())} ".encode("utf-8", "replace"), np.uint8).astype(np.uint32)
+    grams, rolling = [], stream
+    for size in range(2, 6):
+        rolling = rolling[:-1] * np.uint32(0x01000193) + stream[size - 1 :]
+        if size >= 3:
+            grams.append(rolling + np.uint32(size))
+    characters = np.bincount(_bucket(np.concatenate(grams)), minlength=BUCKETS)
+    both = np.concatenate((words, characters))
+    ids = np.flatnonzero(both)
+    return ids.astype(np.int32), (1 + np.log(both[ids])).astype(np.float32)
+
+
+def _bucket(hashes: NDArray[np.uint32]) -> NDArray[np.intp]:
+    mixed = (hashes ^ (hashes >> np.uint32(15))) * np.uint32(0x85EBCA6B)
+    return (mixed >> np.uint32(32 - BUCKETS.bit_length() + 1)).astype(np.intp)
+
+
+def weigh(ids: Ids, counts: Vector, idf: Vector) -> Vector:
+    """TF-IDF weights of one prompt's ids; the word part and the character part each have unit length."""
+    weights = counts * idf[ids]
+    border = int(np.searchsorted(ids, BUCKETS))
+    for part in (weights[:border], weights[border:]):
+        length = float(np.sqrt(part @ part))
+        if length > 0:
+            part /= length
+    return weights
