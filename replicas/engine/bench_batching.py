@@ -5,7 +5,8 @@
 Continuous: requests enter as others leave, never more than --batch at once. Static: batches of --batch start and end
 together, as before Orca (Yu et al. 2022): a slot whose request is done computes on until the longest of its batch is,
 and only the tokens that were asked for count. Both do the same prompts with the same output lengths: column
-GeneratedTokens of an Azure LLM inference trace, divided by --divide. `static, slots freed` is the kinder variant, in
+GeneratedTokens of an Azure LLM inference trace, a random sample of the whole hour (the trace drifts), divided by
+--divide. `static, slots freed` is the kinder variant, in
 which a finished request at least stops computing.
 
 Prefix cache: time to first token of a prompt of --prefix tokens, then of a second one that differs in its last tokens.
@@ -74,16 +75,18 @@ def _request(prompt: tuple[int, ...], wanted: int) -> GenerateRequest:
     return GenerateRequest(request_id=f"bench-{next(_ids)}", prompt_token_ids=prompt, sampling=params)
 
 
-def read_lengths(trace: Path, divide: int, limit: int) -> list[int]:
-    """Output lengths, at least 1, of the trace's first `limit` requests in its order. ConfigError names the fault."""
+def read_lengths(trace: Path, divide: int, limit: int, seed: int) -> list[int]:
+    """Output lengths, at least 1, of a random sample of the trace's requests. ConfigError names the fault."""
     try:
         with trace.open(newline="") as file:
-            rows = [int(row["GeneratedTokens"]) for row, _ in zip(csv.DictReader(file), range(limit), strict=False)]
+            lengths = [max(1, round(int(row["GeneratedTokens"]) / divide)) for row in csv.DictReader(file)]
     except OSError as error:
         raise ConfigError(f"cannot read {str(trace)!r}: {error.strerror}") from error
     except (KeyError, ValueError, TypeError) as error:
         raise ConfigError(f"{str(trace)!r} has no column GeneratedTokens of whole numbers: {error}") from error
-    return [max(1, round(length / divide)) for length in rows]
+    if not lengths:
+        raise ConfigError(f"{str(trace)!r} holds no requests")
+    return random.Random(seed).sample(lengths, min(limit, len(lengths)))
 
 
 def run(engine: Engine, lengths: list[int], batch: int, prompt_tokens: int, prefix_tokens: int) -> dict[str, float]:
@@ -127,14 +130,15 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="model folder or .gguf file")
     parser.add_argument("--trace", required=True, type=Path, help="CSV with a column GeneratedTokens")
     parser.add_argument("--divide", type=int, default=16, help="divide the trace's output lengths (default 16)")
-    parser.add_argument("--requests", type=int, default=320, help="how many of the trace's requests (default 320)")
+    parser.add_argument("--requests", type=int, default=512, help="how many of the trace's requests (default 512)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample (default 0)")
     parser.add_argument("--batch", type=int, default=16, help="slots on both sides (default 16)")
     parser.add_argument("--prompt", type=int, default=4, help="prompt tokens of each request (default 4)")
     parser.add_argument("--prefix", type=int, default=1000, help="length of the shared prefix (default 1000)")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     args = parser.parse_args()
     try:
-        lengths = read_lengths(args.trace, args.divide, args.requests)
+        lengths = read_lengths(args.trace, args.divide, args.requests, args.seed)
         engine = Engine(replace(EngineConfig(model=args.model), max_num_seqs=args.batch))
     except ConfigError as error:
         parser.error(error.message)
