@@ -53,8 +53,6 @@ def random_splits(table: ScoreTable, seeds: Sequence[int]) -> Iterator[tuple[str
 def task_splits(table: ScoreTable, seeds: Sequence[int]) -> Iterator[tuple[str, Rows, Rows]]:
     """(name, training rows, test rows): three tasks drawn by each seed are held out whole."""
     tasks = sorted(set(table.tasks))
-    if len(tasks) <= LEFT_OUT:
-        raise TableError(f"the table has {len(tasks)} tasks; leaving {LEFT_OUT} out needs more")
     for seed in seeds:
         gone = np.random.default_rng(seed).choice(tasks, LEFT_OUT, replace=False)
         out = np.isin(table.tasks, gone)
@@ -106,6 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         table = read_scores(options.scores)
         prices = prices_for(table.models, read_prices(options.prices))
+        if len(set(table.tasks)) <= LEFT_OUT:
+            raise TableError(f"the table has {len(set(table.tasks))} tasks; leaving {LEFT_OUT} out needs more")
         started = time.perf_counter()
         corpus = Corpus.of(table.prompts)
         results: dict[str, Any] = {}

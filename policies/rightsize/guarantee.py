@@ -72,10 +72,14 @@ class Bound:
         spread = (0.25 + self.squares) / step
         bet = min(LARGEST_BET, math.sqrt(2 * math.log(1 / self.error) / (spread * step * math.log(1 + step))))
         psi = (-math.log1p(-bet) - bet) / 4
-        seen = replace(self, count=step, total=self.total + value, bets=self.bets + bet, won=self.won + bet * value)
-        return replace(
-            seen,
-            squares=self.squares + (value - seen.mean) ** 2,
+        mean_after = (0.5 + self.total + value) / (step + 1)
+        return Bound(
+            error=self.error,
+            count=step,
+            total=self.total + value,
+            squares=self.squares + (value - mean_after) ** 2,
+            bets=self.bets + bet,
+            won=self.won + bet * value,
             variance=self.variance + 4 * (value - self.mean) ** 2 * psi,
         )
 
@@ -132,7 +136,7 @@ def shadows(guard: Guard, promise: Promise, *, chosen: str, strong_cost: float, 
 
 def observe(guard: Guard, promise: Promise, agreement: float, cost: float) -> Guard:
     """Settle one shadow run: count its cost, tighten the bound, and move towards safety where the promise is broken."""
-    seen = replace(guard, bound=guard.bound.observe(agreement), spent=guard.spent + cost)
+    seen = Guard(guard.bound.observe(agreement), guard.scale, guard.moves, guard.spent + cost)
     if seen.bound.high >= promise.agreement or guard.scale == 0:
         return seen
     moves = guard.moves + 1

@@ -128,9 +128,9 @@ class Predictor:
                 frozenset(document["seen"]),
                 str(document["name"]),
             )
+            _check_shapes(predictor, folder)
         except (KeyError, TypeError, ValueError) as error:
             raise ArtefactError(f"{folder / 'predictor.json'} is incomplete: {error}") from None
-        _check_shapes(predictor, folder)
         return predictor
 
 
