@@ -21,13 +21,12 @@ def decide(
     terms: Mapping[str, Column],
     *,
     cached: Counts | None = None,
-    predicts: bool = False,
+    predicted_ms: Column | None = None,
 ) -> RouteDecision:
     """The eligible replica with the lowest score; ties by lot. Raises NoReplica when none is eligible.
 
     A replica that is not eligible or has an infinite score is no candidate and does not appear in the decision.
-    cached: prompt tokens each replica holds, where the policy asked. predicts: the score is the milliseconds to a first
-    token.
+    cached: prompt tokens each replica holds, where the policy asked. predicted_ms: to a first token, where it says.
     """
     if not view.eligible.any():
         raise NoReplica("no replica is ready")
@@ -50,5 +49,5 @@ def decide(
         generation=view.generation,
         uncached_tokens=request.prompt_tokens - held,
         new_blocks=request.num_blocks - held // request.block_size,
-        predicted_ms=float(allowed[best]) if predicts else None,
+        predicted_ms=None if predicted_ms is None else float(predicted_ms[best]),
     )
