@@ -20,7 +20,7 @@ from gateway import openapi
 from gateway.config import GatewayConfig, ServedModel
 from gateway.db.database import Database
 from gateway.directory import Directory
-from gateway.edge import Edge, header
+from gateway.edge import EXCHANGE, Edge, header
 from gateway.errors import routing_error_body
 from gateway.fleet import Connect, Fleet
 from gateway.generate import CHAT, COMPLETION, Generate, Kind
@@ -78,9 +78,6 @@ class _Gateway:
         finally:
             database.close()
 
-    def endpoint(self, kind: Kind) -> _Endpoint:
-        return _Endpoint(self, kind)
-
     def model_object(self, name: str, served: ServedModel) -> ModelObject:
         card = self.running.fleet.card(served.name)
         return ModelObject(
@@ -95,11 +92,17 @@ class _Gateway:
 class _Endpoint:
     """An ASGI application, as Starlette wants for a route that exists before the gateway has started."""
 
-    def __init__(self, gateway: _Gateway, kind: Kind) -> None:
+    def __init__(self, gateway: _Gateway, kind: Kind, path: str) -> None:
         self._gateway = gateway
         self._kind = kind
+        self._path = path
+
+    @property
+    def route(self) -> Route:
+        return Route(self._path, self, methods=["POST"])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope[EXCHANGE].route = self._path
         await self._gateway.running.endpoints[self._kind.id_prefix](scope, receive, send)
 
 
@@ -121,8 +124,8 @@ def create_app(config: GatewayConfig, directory: Directory, *, connect: Connect 
     app.add_exception_handler(HTTPException, _routing_error)
     # first, because routes are tried in order and these two carry the load
     app.router.routes[:0] = [
-        Route("/v1/chat/completions", gateway.endpoint(CHAT), methods=["POST"]),
-        Route("/v1/completions", gateway.endpoint(COMPLETION), methods=["POST"]),
+        _Endpoint(gateway, CHAT, "/v1/chat/completions").route,
+        _Endpoint(gateway, COMPLETION, "/v1/completions").route,
     ]
     _add_plain_routes(app, gateway)
     openapi.install(app)

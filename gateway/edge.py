@@ -35,13 +35,17 @@ class ClientGone(Exception):
 
 @dataclass(slots=True)
 class Exchange:
-    """One request as the edge sees it. `started` is perf_counter's; status 0 means nothing was sent yet."""
+    """One request as the edge sees it. `started` is perf_counter's; status 0 means nothing was sent yet.
+
+    `route` is the pattern that matched, where the endpoint is not one of FastAPI's, which say so in the scope.
+    """
 
     request_id: bytes
     started: float
     sends_id: bool
     send: Send
     status: int = 0
+    route: str = ""
 
     async def send_stamped(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -105,7 +109,7 @@ class Edge:
 
     def _count(self, scope: Scope, exchange: Exchange) -> None:
         # the route's pattern, not the path: a caller must not be able to invent labels
-        route = getattr(scope.get("route"), "path", "unmatched")
+        route = exchange.route or getattr(scope.get("route"), "path", "unmatched")
         method = scope["method"] if scope["method"] in _METHODS else "other"
         self._metrics.answered(route, method, exchange.status, time.perf_counter() - exchange.started)
 

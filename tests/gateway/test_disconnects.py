@@ -36,7 +36,8 @@ async def test_200_streams_of_which_half_hang_up_leave_nothing_behind(start_gate
         seen = await asyncio.gather(*kept, *dropped)
     assert all(count > 50 for count in seen[:100])
     gateway.assert_idle()
-    assert sum(replica.engine.stats().generation_tokens for replica in gateway.replicas) < 100 * 60 + 100 * 200
+    generated = sum(replica.engine.stats().generation_tokens for replica in gateway.replicas)
+    assert generated < 100 * 60 + 100 * 4000, "the streams that hung up must not have run to their end"
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 import os
 import sqlite3
+import threading
 import time
 
 import pytest
@@ -80,10 +82,9 @@ async def test_a_ring_knows_a_new_key_at_once_and_forgets_a_revoked_one_within_a
         register.revoke("alice")
         revoked = time.monotonic()
         for ring in rings:
-            with pytest.raises(AuthenticationFailed):
-                while time.monotonic() - revoked < 3:
-                    await ring.authenticate(bearer(key))
-                    await wait(0.01)
+            while await opens(ring, key):
+                assert time.monotonic() - revoked < 1.0
+                await asyncio.sleep(0.01)
         assert time.monotonic() - revoked < 1.0
     finally:
         for ring, database in zip(rings, databases, strict=True):
@@ -91,10 +92,12 @@ async def test_a_ring_knows_a_new_key_at_once_and_forgets_a_revoked_one_within_a
             database.close()
 
 
-async def wait(seconds: float) -> None:
-    import asyncio
-
-    await asyncio.sleep(seconds)
+async def opens(ring: KeyRing, key: str) -> bool:
+    try:
+        await ring.authenticate(bearer(key))
+    except AuthenticationFailed:
+        return False
+    return True
 
 
 async def test_a_key_hashed_with_another_secret_does_not_open(register, url) -> None:
@@ -119,7 +122,7 @@ async def test_a_ring_whose_database_is_gone_refuses_rather_than_trust_old_news(
 
     with monkeypatch.context() as patched:
         patched.setattr(database, "read", broken)
-        await wait(0.2)
+        await asyncio.sleep(0.2)
         with pytest.raises(Unavailable):
             await ring.authenticate(bearer(key))
     assert (await ring.authenticate(bearer(key))).name == "alice"
@@ -140,8 +143,6 @@ async def test_unknown_keys_cost_the_database_little(register, url) -> None:
 
     database.read = counted
     await ring.start()
-    import asyncio
-
     began = time.monotonic()
     answers = await asyncio.gather(
         *(ring.authenticate(f"Bearer sk-{i}".encode()) for i in range(300)), return_exceptions=True
@@ -201,8 +202,6 @@ def test_sqlite_runs_in_wal_and_writers_wait_instead_of_failing(url, tmp_path) -
         other = sqlite3.connect(tmp_path / "keys.db", isolation_level=None, check_same_thread=False)
         assert other.execute("PRAGMA journal_mode").fetchone() == ("wal",)
         other.execute("BEGIN IMMEDIATE")
-        import threading
-
         release = threading.Timer(0.3, other.rollback)
         release.start()
         began = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from array import array
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -111,8 +112,6 @@ async def test_a_conversation_that_grows_is_encoded_only_where_it_is_new(threads
 
 def test_segments_are_bounded_by_their_tokens() -> None:
     segments = Segments(max_tokens=10)
-    from array import array
-
     for number in range(20):
         segments.put(("", False, str(number)), array("i", [1, 2, 3]))
     assert len(segments) == 3
@@ -142,7 +141,8 @@ TEMPLATES = [
     "    {% elif loop.last %}\n{{ m['content'] | upper }}\n    {% else %}\n{{ m | tojson }}\n    {% endif %}\n"
     "{% endfor %}{% generation %}A{% endgeneration %}{{ eos_token if not add_generation_prompt }}",
     "{% set ns = namespace(n=0) %}{% for m in messages %}{% if m.role == 'assistant' %}{% continue %}{% endif %}"
-    "{% set ns.n = ns.n + 1 %}{{ ns.n }}:{{ m.content }}{% endfor %}{{ messages[::-1][0].role }}{% if tools %}T{% endif %}",
+    "{% set ns.n = ns.n + 1 %}{{ ns.n }}:{{ m.content }}{% endfor %}"
+    "{{ messages[::-1][0].role }}{% if tools %}T{% endif %}",
 ]
 CHAT = [
     {"role": "system", "content": " Be <b>brief</b> & kind. "},
