@@ -119,10 +119,14 @@ class Gateway:
         return {"authorization": f"Bearer {self.key}"}
 
     def client(self, **options: Any) -> httpx.AsyncClient:
-        return httpx.AsyncClient(**{"base_url": self.base_url, "headers": self.headers, "timeout": 20, **options})
+        return httpx.AsyncClient(
+            **{"base_url": self.base_url, "headers": self.headers, "timeout": 20, "verify": False, **options}
+        )
 
     def http(self, **options: Any) -> httpx.Client:
-        return httpx.Client(**{"base_url": self.base_url, "headers": self.headers, "timeout": 20, **options})
+        return httpx.Client(
+            **{"base_url": self.base_url, "headers": self.headers, "timeout": 20, "verify": False, **options}
+        )
 
     def openai(self, **options: Any) -> openai.OpenAI:
         return openai.OpenAI(**{"base_url": f"{self.base_url}/v1", "api_key": self.key, "max_retries": 0, **options})
