@@ -141,6 +141,11 @@ class SimReplica:
         decoding = len(self.running) - len(self._prefilling)
         self.steps += self._stretch
         self.generation_tokens += decoding * self._stretch
+        # In the order of the running set, which is that of eviction later: who prefills was admitted last.
+        while self._ends and self._ends[0][0] <= self.steps:
+            _, _, life, seq = heapq.heappop(self._ends)
+            if life == seq.life:
+                self._end(seq, result)
         prefill = 0
         for seq, count in self._chunks:
             prefill += count
@@ -149,10 +154,6 @@ class SimReplica:
             if seq.computed == seq.known:
                 self._prefilling.remove(seq)
                 self._decode_from_here(seq, result)
-        while self._ends and self._ends[0][0] <= self.steps:
-            _, _, life, seq = heapq.heappop(self._ends)
-            if life == seq.life:
-                self._end(seq, result)
         self._measure(prefill)
         return result
 
