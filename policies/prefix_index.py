@@ -99,12 +99,13 @@ class _Table:
         """int64[64]: leading blocks held by the replica of each bit."""
         holders = self._holders(self.fingerprints(hashes)) & np.uint64(self.live)
         held = np.bitwise_and.accumulate(holders)
-        # The accumulated set only shrinks: a few distinct sets stand for the whole chain.
-        ends = np.flatnonzero(held[:-1] != held[1:])
-        ends = np.concatenate((ends, [len(held) - 1]))
-        bits = np.unpackbits(held[ends].view(np.uint8).reshape(-1, 8), axis=1, bitorder="little")
-        lengths = np.diff(ends, prepend=-1)
-        counts: Counts = lengths @ bits.astype(np.int64)
+        # The accumulated set only shrinks: a few distinct sets, each with the length at which it ends, stand for all.
+        ends = np.append(np.flatnonzero(held[1:] != held[:-1]), len(held) - 1)
+        bits = np.unpackbits(held.take(ends).view(np.uint8).reshape(-1, 8), axis=1, bitorder="little")
+        lengths = ends.astype(np.float32)
+        lengths[1:] -= lengths[:-1].copy()
+        lengths[0] += 1
+        counts: Counts = (lengths @ bits.astype(np.float32)).astype(np.int64)  # exact below 2^24 blocks
         return counts
 
     def _holders(self, prints: _U64) -> _U64:
