@@ -219,8 +219,8 @@ void pack_queries(const Call& call, const TileTask& tile, float* out) {
     }
 }
 
-// Addresses of keys first..first+KEYS-1, with a prefetch of what they point to; those outside the tile's [low, high) read zeros, so that memory which was never
-// written (or was given back behind a window) cannot bring a NaN.
+// Addresses of keys first..first+KEYS-1, with a prefetch of what they point to. Those outside the tile's [low, high) read
+// zeros, so that memory which was never written (or was given back behind a window) cannot bring a NaN.
 void find_rows(const Call& call, const TileTask& tile, int64_t first, const float* zeros, Workspace::Found& found) {
     const Shape& shape = call.shape;
     const int32_t* table = call.batch.block_tables + tile.sequence * call.batch.block_table_ld;
@@ -260,8 +260,7 @@ void multiply(const RowBlocks& blocks, int64_t a_ld, const float* a, const float
             t.c_ld = c_ld;
             t.init = accumulate ? t.c : nullptr;
             t.init_ld = c_ld;
-            t.prefetch = reinterpret_cast<const char*>(t.b);
-            tile_for<LD>(rows, step)(t);
+            tile_for<LD, Nothing>(rows, step)(t);
         }
         p += step;
     }
@@ -358,8 +357,8 @@ void run_task(const Call& call, const TileTask& tile, int64_t chunk, float* part
         return;
     }
     Accumulator whole(work.whole, rows, width), part(work.chunk, rows, width);
-    whole.clear(rows, width);
-    for (int64_t c = 0; c < tile.chunks(); c++) {
+    run_chunk(call, tile, tile.low / CHUNK, zeros, work, whole);  // merging it into nothing would give the same bits
+    for (int64_t c = 1; c < tile.chunks(); c++) {
         run_chunk(call, tile, tile.low / CHUNK + c, zeros, work, part);
         merge(whole, part, rows, width);
     }

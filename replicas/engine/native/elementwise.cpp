@@ -3,6 +3,10 @@
 #include <algorithm>
 #include <cmath>
 
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
+
 #include "simd.h"
 #include "team.h"
 
@@ -59,6 +63,15 @@ void rotate(float* x, const float* cosines, const float* sines, int64_t half) {
 }  // namespace sb
 
 using namespace sb;
+
+// Outputs of a step are megabytes, freed and asked for again at once. By default glibc gives such memory back to the kernel
+// each time and faults it in anew, page by page: a sixth of a prefill's time. Keep it instead, process-wide.
+SB_EXPORT void sb_keep_freed_memory() {
+#if defined(__GLIBC__)
+    mallopt(M_MMAP_THRESHOLD, 32 << 20);  // the most glibc accepts
+    mallopt(M_TRIM_THRESHOLD, 256 << 20);
+#endif
+}
 
 SB_EXPORT void sb_rms_norm(const float* x, float* add, const float* weight, float eps, int64_t rows, int64_t width,
                            float* out, int threads) {

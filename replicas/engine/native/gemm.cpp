@@ -67,7 +67,7 @@ void panel_slice(const Call& call, int64_t panel, int panels, int64_t k0, int64_
         // While row blocks pass over this slice, the next panel's slice comes in, an equal share with each block.
         t.prefetch = reinterpret_cast<const char*>(b + panels * w.k * PANEL) + (i - block0) * bytes / spread;
         t.prefetch_step = std::max<int64_t>(1, PANEL * 4 / spread);
-        tile_for<0>(rows, panels)(t);
+        (spread == 1 ? tile_for<0, Stream>(rows, panels) : tile_for<0, Spread>(rows, panels))(t);
         if (partial)
             for (int r = 0; r < rows; r++)
                 std::memcpy(c + r * call.y_ld, edge + r * t.c_ld, (w.n - column) * 4);

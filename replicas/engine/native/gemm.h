@@ -18,11 +18,43 @@ struct Tile {
     int64_t init_ld;
     float* c;
     int64_t c_ld;
-    const char* prefetch;  // bytes wanted soon, touched at prefetch + k * prefetch_step
+    const char* prefetch;  // for Spread
     int64_t prefetch_step;
 };
 
-template <int MR, int NP, int LD>
+// What a kernel fetches while it computes, into L2: L1 is full of what it works on. touch() is called once for each k.
+
+// The panels it reads, some KiB ahead: for weights that pass by once. Hardware prefetchers stop at each 4 KiB page.
+struct Stream {
+    explicit Stream(const Tile& t) : panel(t.b_panel * 4) {}
+    template <int NP>
+    __attribute__((always_inline)) void touch(const float* b) {
+        const char* ahead = reinterpret_cast<const char*>(b) + 8192;
+        for (int j = 0; j < NP; j++)
+            for (int line = 0; line < PANEL * 4; line += 64) __builtin_prefetch(ahead + j * panel + line, 0, 2);
+    }
+    int64_t panel;
+};
+
+// Other memory at its own pace: several row blocks pass over one slice of a panel and share the fetching of the next.
+struct Spread {
+    explicit Spread(const Tile& t) : next(t.prefetch), step(t.prefetch_step) {}
+    template <int NP>
+    __attribute__((always_inline)) void touch(const float*) {
+        __builtin_prefetch(next, 0, 2);
+        next += step;
+    }
+    const char* next;
+    int64_t step;
+};
+
+struct Nothing {
+    explicit Nothing(const Tile&) {}
+    template <int NP>
+    __attribute__((always_inline)) void touch(const float*) {}
+};
+
+template <int MR, int NP, int LD, class Prefetch>
 void tile_kernel(const Tile& t) {
     constexpr int NV = 2 * NP;
     vec acc[MR][NV];
@@ -30,13 +62,12 @@ void tile_kernel(const Tile& t) {
         for (int j = 0; j < NV; j++) acc[i][j] = t.init ? load(t.init + i * t.init_ld + j * LANES) : vec{};
     const float* a = t.a;
     const float* b = t.b;
-    const char* prefetch = t.prefetch;
-    const int64_t b_panel = t.b_panel, prefetch_step = t.prefetch_step;
+    const int64_t b_panel = t.b_panel;
+    Prefetch prefetch(t);
     for (int64_t k = 0; k < t.kc; k++) {
         vec w[NV];
         for (int j = 0; j < NV; j++) w[j] = load(b + (j / 2) * b_panel + (j % 2) * LANES);
-        __builtin_prefetch(prefetch);
-        prefetch += prefetch_step;
+        prefetch.template touch<NP>(b);
         for (int i = 0; i < MR; i++) {
             vec x = splat(a[LD ? i * LD : i]);
             for (int j = 0; j < NV; j++) acc[i][j] += x * w[j];
@@ -57,17 +88,19 @@ constexpr int panels_at_once(int rows, int64_t available) {
     return available >= 4 && fits(rows, 4) ? 4 : available >= 2 && fits(rows, 2) ? 2 : 1;
 }
 
-template <int LD, int NP, int... R>
+template <int LD, class Prefetch, int NP, int... R>
 TileKernel pick_rows(int rows, std::integer_sequence<int, R...>) {
-    static const TileKernel table[] = {tile_kernel<R + 1, fits(R + 1, NP) ? NP : 1, LD>...};
+    static const TileKernel table[] = {tile_kernel<R + 1, fits(R + 1, NP) ? NP : 1, LD, Prefetch>...};
     return table[rows - 1];
 }
 
 // The kernel for `rows` in 1..MAX_ROWS and `panels` as panels_at_once gave it.
-template <int LD>
+template <int LD, class Prefetch>
 TileKernel tile_for(int rows, int panels) {
     constexpr auto all = std::make_integer_sequence<int, MAX_ROWS>{};
-    return panels == 4 ? pick_rows<LD, 4>(rows, all) : panels == 2 ? pick_rows<LD, 2>(rows, all) : pick_rows<LD, 1>(rows, all);
+    return panels == 4   ? pick_rows<LD, Prefetch, 4>(rows, all)
+           : panels == 2 ? pick_rows<LD, Prefetch, 2>(rows, all)
+                         : pick_rows<LD, Prefetch, 1>(rows, all);
 }
 
 // [rows, k] with row stride ld -> packed [k][rows].

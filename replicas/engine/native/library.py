@@ -51,6 +51,7 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         long, short = ctypes.CDLL(str(path)), ctypes.PyDLL(str(path))
+        short.sb_keep_freed_memory()
         self.path = path
         self.panel: int = short.sb_panel()  # columns of one packed panel
         self.pack = long.sb_pack
