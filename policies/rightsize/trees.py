@@ -32,10 +32,12 @@ class Forest:
 
     def predict(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
         """Mean of the leaves that each row falls into: [n, features] -> [n, outputs]."""
+        start = np.arange(len(rows))[:, None] * rows.shape[1]
+        flat = rows.ravel()
         at = np.broadcast_to(self.roots, (len(rows), len(self.roots)))
         for _ in range(self.depth):
-            goes_left = np.take_along_axis(rows, self.feature[at], axis=1) <= self.threshold[at]
-            at = np.where(goes_left, self.left[at], self.right[at])
+            goes_left = flat.take(start + self.feature.take(at)) <= self.threshold.take(at)
+            at = np.where(goes_left, self.left.take(at), self.right.take(at))
         mean: NDArray[np.float32] = self.value[at].mean(axis=1, dtype=np.float32)
         return mean
 
