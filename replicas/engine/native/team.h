@@ -1,7 +1,7 @@
 // How many threads to use now. On a machine whose cores are all busy (a gateway beside the engine, another container) a
 // team waits at every barrier for whichever member the scheduler has put aside, milliseconds each time; one thread alone
-// then is several times as fast. So the first thread measures how long it waits for the others: a wait that no share of
-// work explains makes the following calls run alone for a multiple of it, longer each time it happens again.
+// then is several times as fast. So the first thread measures how long it waits for the others: a wait longer than its own
+// share of the work took makes the following calls run alone for a multiple of it, longer each time it happens again.
 #pragma once
 
 #include <omp.h>
@@ -15,7 +15,8 @@ namespace sb {
 
 class Team {
   public:
-    explicit Team(int wanted) : size_(wanted > 1 && now() < alone_until().load(std::memory_order_relaxed) ? 1 : wanted) {}
+    explicit Team(int wanted)
+        : began_(now()), size_(wanted > 1 && began_ < alone_until().load(std::memory_order_relaxed) ? 1 : wanted) {}
 
     int size() const { return size_; }
 
@@ -24,23 +25,24 @@ class Team {
         const bool first = omp_get_thread_num() == 0;
         const int64_t arrived = first ? now() : 0;
 #pragma omp barrier
-        if (first) waited_ = std::max(waited_, now() - arrived);
+        if (first) waited_ += now() - arrived;
     }
 
     // After the region.
     ~Team() {
         if (size_ <= 1) return;
-        if (waited_ < STALL_NS) {
+        const int64_t ended = now(), worked = ended - began_ - waited_;
+        if (waited_ < std::max(STALL_NS, worked)) {
             if (waited_ < STALL_NS / 10) factor().store(FIRST_FACTOR, std::memory_order_relaxed);
             return;
         }
         const int64_t times = factor().load(std::memory_order_relaxed);
-        alone_until().store(now() + std::min(waited_ * times, LONGEST_NS), std::memory_order_relaxed);
+        alone_until().store(ended + std::min(waited_ * times, LONGEST_NS), std::memory_order_relaxed);
         factor().store(std::min<int64_t>(times * 2, 256), std::memory_order_relaxed);
     }
 
   private:
-    static constexpr int64_t STALL_NS = 2'000'000;  // shares are cut to well under a millisecond
+    static constexpr int64_t STALL_NS = 2'000'000;
     static constexpr int64_t FIRST_FACTOR = 8;      // stalls cost at most an eighth of the time
     static constexpr int64_t LONGEST_NS = 1'000'000'000;
 
@@ -57,7 +59,8 @@ class Team {
         return value;
     }
 
-    int size_;
+    const int64_t began_;
+    const int size_;
     int64_t waited_ = 0;
 };
 
