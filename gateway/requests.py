@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import ErrorDetails
 
 from gateway import refused
 from replicas.protocol import InvalidRequest, NotSupported, SamplingParams
@@ -281,7 +280,7 @@ def _invalid(error: ValidationError, body: bytes) -> InvalidRequest:
     return InvalidRequest(f"{param}: {message}", param=param)
 
 
-def _path(problem: ErrorDetails, data: Any) -> tuple[str | int, ...]:
+def _path(problem: Mapping[str, Any], data: Any) -> tuple[str | int, ...]:
     """The part of pydantic's location that exists in the body, without the names it gives to members of a union."""
     return tuple(_walk(problem["loc"], data, problem["type"] == "missing"))
 

@@ -309,7 +309,7 @@ def show(result: Result, console: Console) -> None:
     stages = list(result.spent["unary"])
     table = Table("", *stages, title="Where a request's time goes in the gateway, µs (cpu: of its process)")
     for name, each in result.spent.items():
-        table.add_row(name, *(f"{each[stage]:.0f}" for stage in stages))
+        table.add_row(name, *(f"{each[stage]:.0f}" if stage in each else "" for stage in stages))
     console.print(table)
 
 
@@ -323,6 +323,7 @@ def measure(seconds: int, probes: int) -> Result:
         before = readings(url)
         latencies = probe(targets, probes)
         costs = {"probe": spent(before, readings(url))}
+        del costs["probe"]["cpu"]  # mostly of waiting for the next token
         loads: dict[str, dict[str, Load]] = {}
         for name, stream in (("unary", False), (f"streams of {TOKENS}", True)):
             loads[name] = {}
