@@ -107,30 +107,13 @@ void write_out(const Call& call, const TileTask& tile, const Accumulator& done) 
     }
 }
 
-typedef float quad __attribute__((vector_size(16)));
-typedef float quad_unaligned __attribute__((vector_size(16), aligned(4), may_alias));
-typedef int32_t quad_index __attribute__((vector_size(16)));
-
 // KEYS key rows of `dim` floats -> panels of K^T, each [dim][PANEL]; 4 x 4 blocks are transposed in registers.
 void pack_keys(const float* const* rows, int64_t dim, int count, float* out) {
     for (int key = 0; key < count; key += 4) {
         float* column = out + key / PANEL * dim * PANEL + key % PANEL;
         int64_t d = 0;
-        for (; d + 4 <= dim; d += 4) {
-            const quad r0 = *reinterpret_cast<const quad_unaligned*>(rows[key] + d);
-            const quad r1 = *reinterpret_cast<const quad_unaligned*>(rows[key + 1] + d);
-            const quad r2 = *reinterpret_cast<const quad_unaligned*>(rows[key + 2] + d);
-            const quad r3 = *reinterpret_cast<const quad_unaligned*>(rows[key + 3] + d);
-            const quad a = __builtin_shuffle(r0, r1, quad_index{0, 4, 1, 5});
-            const quad b = __builtin_shuffle(r2, r3, quad_index{0, 4, 1, 5});
-            const quad c = __builtin_shuffle(r0, r1, quad_index{2, 6, 3, 7});
-            const quad e = __builtin_shuffle(r2, r3, quad_index{2, 6, 3, 7});
-            quad_unaligned* to = reinterpret_cast<quad_unaligned*>(column + d * PANEL);
-            to[0] = __builtin_shuffle(a, b, quad_index{0, 1, 4, 5});
-            to[PANEL / 4] = __builtin_shuffle(a, b, quad_index{2, 3, 6, 7});
-            to[2 * PANEL / 4] = __builtin_shuffle(c, e, quad_index{0, 1, 4, 5});
-            to[3 * PANEL / 4] = __builtin_shuffle(c, e, quad_index{2, 3, 6, 7});
-        }
+        for (; d + 4 <= dim; d += 4)
+            transpose4(rows[key] + d, rows[key + 1] + d, rows[key + 2] + d, rows[key + 3] + d, column + d * PANEL, PANEL);
         for (; d < dim; d++)
             for (int i = 0; i < 4; i++) column[d * PANEL + i] = rows[key + i][d];
     }

@@ -20,7 +20,7 @@ namespace sb {
 
 namespace {
 
-constexpr int64_t DEPTH = 320;      // rows of a panel that stay in L1 while row blocks pass over them
+constexpr int64_t DEPTH = 640;      // rows of a panel that stay close (L1, L2) while row blocks pass over them
 constexpr int64_t ROW_CHUNK = 168;  // rows of x whose DEPTH slice stays in L2 (a multiple of 6, 12 and 14)
 
 struct Linear {

@@ -105,8 +105,18 @@ TileKernel tile_for(int rows, int panels) {
 
 // [rows, k] with row stride ld -> packed [k][rows].
 SB_INLINE void pack_rows(const float* x, int64_t ld, int rows, int64_t k, float* out) {
-    for (int i = 0; i < rows; i++)
-        for (int64_t j = 0; j < k; j++) out[j * rows + i] = x[i * ld + j];
+    const int whole = rows / 4 * 4;
+    int64_t j = 0;
+    for (; j + 4 <= k; j += 4) {
+        for (int i = 0; i < whole; i += 4) {
+            const float* row = x + i * ld + j;
+            transpose4(row, row + ld, row + 2 * ld, row + 3 * ld, out + j * rows + i, rows);
+        }
+        for (int i = whole; i < rows; i++)
+            for (int c = 0; c < 4; c++) out[(j + c) * rows + i] = x[i * ld + j + c];
+    }
+    for (; j < k; j++)
+        for (int i = 0; i < rows; i++) out[j * rows + i] = x[i * ld + j];
 }
 
 // `rows` rows cut into `count` register blocks of nearly equal height, none above MAX_ROWS.

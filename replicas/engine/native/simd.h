@@ -84,6 +84,27 @@ SB_INLINE vec exp2(vec x) {
     return select(under, vec{}, result);
 }
 
+typedef float quad __attribute__((vector_size(16)));
+typedef float quad_unaligned __attribute__((vector_size(16), aligned(4), may_alias));
+typedef int32_t quad_index __attribute__((vector_size(16)));
+
+// out[i * ld + j] = row j [i], for i and j in 0..3.
+SB_INLINE void transpose4(const float* row0, const float* row1, const float* row2, const float* row3, float* out,
+                          int64_t ld) {
+    const quad r0 = *reinterpret_cast<const quad_unaligned*>(row0);
+    const quad r1 = *reinterpret_cast<const quad_unaligned*>(row1);
+    const quad r2 = *reinterpret_cast<const quad_unaligned*>(row2);
+    const quad r3 = *reinterpret_cast<const quad_unaligned*>(row3);
+    const quad a = __builtin_shuffle(r0, r1, quad_index{0, 4, 1, 5});
+    const quad b = __builtin_shuffle(r2, r3, quad_index{0, 4, 1, 5});
+    const quad c = __builtin_shuffle(r0, r1, quad_index{2, 6, 3, 7});
+    const quad d = __builtin_shuffle(r2, r3, quad_index{2, 6, 3, 7});
+    *reinterpret_cast<quad_unaligned*>(out) = __builtin_shuffle(a, b, quad_index{0, 1, 4, 5});
+    *reinterpret_cast<quad_unaligned*>(out + ld) = __builtin_shuffle(a, b, quad_index{2, 3, 6, 7});
+    *reinterpret_cast<quad_unaligned*>(out + 2 * ld) = __builtin_shuffle(c, d, quad_index{0, 1, 4, 5});
+    *reinterpret_cast<quad_unaligned*>(out + 3 * ld) = __builtin_shuffle(c, d, quad_index{2, 3, 6, 7});
+}
+
 constexpr float LOG2E = 1.44269504088896340736f;
 
 }  // namespace sb
