@@ -4,7 +4,7 @@ import random
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from policies.affinity import affinity
@@ -117,6 +117,7 @@ def test_a_replica_that_drains_or_is_lost_or_was_tried_is_never_chosen(policy: s
         POLICIES[policy](request(1), fleet().view(), 0.0, rng)
 
 
+@settings(deadline=None)
 @given(st.integers(2, 8), st.integers(1, 120), st.integers(1, 40), st.integers())
 def test_no_burst_piles_on_one_replica_while_reports_are_stale(
     replicas: int, burst: int, blocks: int, seed: int

@@ -68,6 +68,7 @@ event_of = st.one_of(
 change = st.tuples(st.integers(0, 3), st.one_of(event_of, event_of, event_of, st.sampled_from(["drop", "restart"])))
 
 
+@settings(deadline=None)
 @given(st.lists(change, max_size=60), st.lists(st.sampled_from(BLOCKS), min_size=1, max_size=12))
 def test_it_answers_as_plain_sets_do_through_changes_restarts_and_losses(
     changes: list[tuple[int, KVEvent | str]], prompt: list[bytes]
@@ -94,7 +95,7 @@ def test_it_answers_as_plain_sets_do_through_changes_restarts_and_losses(
 def test_many_entries_are_all_found_none_invented_and_half_of_them_removed() -> None:
     index, oracle = PrefixIndex(), Oracle()
     names = tuple(f"r{n}" for n in range(70))  # more than one table's worth of replicas
-    hashes = random_hashes(9000, seed=2)
+    hashes = random_hashes(5000, seed=2)
     rng = random.Random(3)
     numbers = dict.fromkeys(names, 1)
     for digest in hashes:
@@ -108,7 +109,7 @@ def test_many_entries_are_all_found_none_invented_and_half_of_them_removed() -> 
                 index.apply(name, "a", numbers[name], [removed(digest)])
                 oracle.apply(name, removed(digest))
                 numbers[name] += 1
-    for digest in (*hashes, *random_hashes(2000, seed=4)):
+    for digest in (*hashes, *random_hashes(500, seed=4)):
         assert index.leading([digest], names).tolist() == oracle.leading([digest], names)
     assert index.dropped == 0
 
