@@ -1,7 +1,11 @@
 """Text -> predicted quality of every model. Numpy only; about half a millisecond a prompt.
 
     text ─► cues (standardised) ─────────────────────────────┐
-         └► hashed n-grams ─► TF-IDF ─► projection (LSA) ────┴─► extra trees ─► quality per model, 0..1
+         └► hashed n-grams ─► TF-IDF ─► projection (LSA) ────┴─┬► extra trees ──────────┐
+                                                               └► nearest neighbours ───┴─► mean: quality per model
+
+The trees are sharper on prompts like those of the table; neighbours in the same space (cosine, so format and cues count
+as much as words) hold up better on kinds of prompt that the table does not have.
 
 The artefact is a folder of two files: `predictor.json` (format, models, settings, checksum) and `predictor.npz` (arrays
 only, read with pickles forbidden). The JSON is written last and names the sha256 of the npz: a half-written or altered
@@ -30,6 +34,7 @@ from replicas.protocol import ConfigError
 
 FORMAT = "signalbox-rightsize"
 VERSION = 1
+CHUNK = 256  # prompts predicted at once: bounds the memory of similarities
 _FOREST = ("feature", "threshold", "left", "right", "value", "roots")
 
 
@@ -44,6 +49,7 @@ class Settings:
     dimensions: int = 32
     leaf: int = 25
     trees: int = 100
+    neighbours: int = 100
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,9 @@ class Predictor:
     """A trained table. `seen` holds hashes of the training prompts: an evaluation must not meet them again.
 
     idf: float32 [2 * BUCKETS]; projection: float32 [2 * BUCKETS, dimensions]; centre, spread: float32
-    [dimensions + cues]. `created` is whatever the trainer was told; a version string for explanations.
+    [dimensions + cues]; known: float32 [prompts, dimensions + cues], unit rows; known_scores: float32 [prompts,
+    models].
+    `name` (the start of the arrays' sha256) is what explanations quote.
     """
 
     models: tuple[str, ...]
@@ -61,6 +69,8 @@ class Predictor:
     centre: Vector
     spread: Vector
     forest: Forest
+    known: NDArray[np.float32]
+    known_scores: NDArray[np.float32]
     seen: frozenset[str]
     name: str = ""
 
@@ -81,7 +91,18 @@ class Predictor:
         return held
 
     def predict_features(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
-        return self.forest.predict(rows)
+        result = np.empty((len(rows), len(self.models)), np.float32)
+        for start in range(0, len(rows), CHUNK):
+            part = rows[start : start + CHUNK]
+            result[start : start + CHUNK] = (self.forest.predict(part) + self._nearest(part)) / 2
+        return result
+
+    def _nearest(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Mean score of the `neighbours` training prompts with the largest cosine (scaling a row changes no order)."""
+        kept = min(self.settings.neighbours, len(self.known))
+        nearest = np.argpartition(-(rows @ self.known.T), kept - 1, axis=1)[:, :kept]
+        mean: NDArray[np.float32] = self.known_scores[nearest].mean(axis=1, dtype=np.float32)
+        return mean
 
     def overlap(self, prompts: Iterable[str]) -> int:
         """How many of these prompts it was trained on."""
@@ -91,6 +112,7 @@ class Predictor:
         """Write the artefact, each file atomically and the one that vouches for the other last."""
         folder.mkdir(parents=True, exist_ok=True)
         arrays = {"idf": self.idf, "projection": self.projection, "centre": self.centre, "spread": self.spread}
+        arrays |= {"known": self.known, "known_scores": self.known_scores}
         arrays |= {f"forest_{name}": getattr(self.forest, name) for name in _FOREST}
         buffer = io.BytesIO()
         np.savez_compressed(buffer, allow_pickle=False, **arrays)
@@ -125,6 +147,8 @@ class Predictor:
                 arrays["centre"],
                 arrays["spread"],
                 Forest(**{name: arrays[f"forest_{name}"] for name in _FOREST}, depth=int(document["depth"])),
+                arrays["known"],
+                arrays["known_scores"],
                 frozenset(document["seen"]),
                 str(document["name"]),
             )
@@ -185,6 +209,10 @@ def _check_shapes(predictor: Predictor, folder: Path) -> None:
         predictor.idf.shape == (2 * BUCKETS,)
         and predictor.projection.shape == (2 * BUCKETS, predictor.settings.dimensions)
         and predictor.centre.shape == predictor.spread.shape == (width,)
+        and predictor.known.shape == (len(predictor.known_scores), width)
+        and predictor.known_scores.shape[1:] == (len(predictor.models),)
+        and len(predictor.known) > 0
+        and predictor.settings.neighbours > 0
         and predictor.forest.value.shape == (nodes, len(predictor.models))
         and len(predictor.forest.threshold) == nodes
         and all(len(link) > 0 and 0 <= link.min() and link.max() < nodes for link in links)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,11 +22,12 @@ Rows = NDArray[np.intp]
 Progress = Callable[[str, float], None]  # what is being done, part done 0..1
 
 CANDIDATES = (
-    Settings(dimensions=32, leaf=10),
-    Settings(dimensions=32, leaf=25),
-    Settings(dimensions=32, leaf=50),
-    Settings(dimensions=64, leaf=25),
+    Settings(leaf=15),
+    Settings(leaf=25),
+    Settings(leaf=50),
+    Settings(leaf=25, neighbours=200),
 )
+KNOWN_ROWS = 8000  # neighbours are looked for among this many, so that a prediction's time does not grow with the table
 SVD_ROWS = 6000  # a projection needs no more rows than this, and a larger dense matrix would not fit a laptop
 FEWEST_PROMPTS = 20
 
@@ -96,14 +97,10 @@ def train(
         "prompts": len(rows),
         "validation_prompts": len(held_out),
         "seed": seed,
-        "tried": [{"settings": vars_of(settings), "validation_area": round(a, 5)} for a, settings, _, _ in tried],
+        "tried": [{"settings": asdict(settings), "validation_area": round(a, 5)} for a, settings, _, _ in tried],
         "calibration": calibration(table.models, predicted, table.scores[held_out]),
     }
     return Trained(predictor, report, curve)
-
-
-def vars_of(settings: Settings) -> dict[str, int]:
-    return {"dimensions": settings.dimensions, "leaf": settings.leaf, "trees": settings.trees}
 
 
 @dataclass(frozen=True)
@@ -148,15 +145,21 @@ def _fit(
         np.zeros(width, np.float32),
         np.ones(width, np.float32),
         _NO_TREES,
+        np.zeros((1, width), np.float32),
+        np.zeros((1, len(table.models)), np.float32),
         frozenset(prompt_hash(table.prompts[row]) for row in rows),
     )
     raw = np.array([_raw(plain, corpus, row) for row in rows], np.float32)
     spread = raw.std(axis=0)
     scaled = replace(plain, centre=raw.mean(axis=0), spread=np.where(spread > 1e-6, spread, 1).astype(np.float32))
-    inputs = _embed(scaled, corpus, rows)
-    leaf = max(1, min(settings.leaf, len(rows) // 10))
-    forest = grow(inputs, table.scores[rows].astype(np.float32), trees=settings.trees, leaf=leaf, rng=rng)
-    return replace(scaled, forest=forest)
+    inputs, scores = _embed(scaled, corpus, rows), table.scores[rows].astype(np.float32)
+    # A tenth of a small table is the most that one estimate may lump together.
+    most = max(1, len(rows) // 10)
+    fitting = replace(settings, leaf=min(settings.leaf, most), neighbours=min(settings.neighbours, most))
+    forest = grow(inputs, scores, trees=settings.trees, leaf=fitting.leaf, rng=rng)
+    some = np.arange(len(rows)) if len(rows) <= KNOWN_ROWS else rng.choice(len(rows), KNOWN_ROWS, replace=False)
+    lengths = np.maximum(np.linalg.norm(inputs[some], axis=1, keepdims=True), 1e-6)
+    return replace(scaled, settings=fitting, forest=forest, known=inputs[some] / lengths, known_scores=scores[some])
 
 
 _NO_TREES = grow(

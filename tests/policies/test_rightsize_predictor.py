@@ -75,6 +75,15 @@ def test_a_trained_predictor_beats_every_single_model_at_its_cost_on_unseen_prom
     assert area(curve) > area(means) + 0.05
 
 
+def test_a_prediction_is_the_mean_of_trees_and_of_nearest_neighbours_found_by_hand(trained: Trained) -> None:
+    predictor = trained.predictor
+    for text in table(seed=6).prompts[:20]:
+        row = predictor.embed(*hashed_counts(text), cues(text))
+        by_cosine = sorted(range(len(predictor.known)), key=lambda i: -float(predictor.known[i] @ row))
+        near = predictor.known_scores[by_cosine[: predictor.settings.neighbours]].mean(axis=0)
+        assert np.allclose(predictor.predict(text), (near + walk(predictor.forest, row)) / 2, atol=1e-5)
+
+
 def test_the_same_seed_gives_the_same_predictor(trained: Trained) -> None:
     again = fitted(table())
     assert np.array_equal(again.predictor.predict("hello you"), trained.predictor.predict("hello you"))
