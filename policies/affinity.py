@@ -28,7 +28,8 @@ from replicas.protocol import NoReplica, RouteDecision
 def affinity(request: RouteRequest, view: FleetView, now: float, rng: random.Random) -> RouteDecision:
     """The eligible replica with the lowest cost; ties by lot. Raises NoReplica when none is eligible."""
     eligible = view.eligible
-    if not eligible.any():
+    ready = np.count_nonzero(eligible)
+    if not ready:
         raise NoReplica("no replica is ready")
     cached = view.cached_tokens(request)
     new_blocks = request.num_blocks - cached // request.block_size
@@ -39,7 +40,7 @@ def affinity(request: RouteRequest, view: FleetView, now: float, rng: random.Ran
     blocks = _wait_for_blocks(request, view, new_blocks)
     decode = _decode_penalty(view)
     first_token = np.maximum(queue, blocks) + prefill + decode
-    crowd = prefill * (np.count_nonzero(queued[eligible]) / np.count_nonzero(eligible))
+    crowd = prefill * (np.count_nonzero(queued[eligible]) / ready)
     return decide(
         "affinity",
         request,
@@ -56,7 +57,7 @@ def _wait_for_blocks(request: RouteRequest, view: FleetView, new_blocks: npt.NDA
     """Until running sequences have returned what this request and those before it lack; 0 while no rate is known."""
     ahead = view.column("queued_tokens") / request.block_size + view.column("sent_blocks")
     short: Column = np.maximum(ahead + new_blocks - view.column("kv_blocks_free"), 0.0)
-    if not short.any():
+    if not np.count_nonzero(short):
         return short
     return short * 1e3 / _known(view.column("block_release_rate"), view.eligible, unknown=np.inf)
 
@@ -75,8 +76,8 @@ def _decode_penalty(view: FleetView) -> Column:
 
 def _known(rates: Column, eligible: npt.NDArray[np.bool_], *, unknown: float) -> Column:
     """The rates, each that is not measured yet (0) taken for the mean of the others'; `unknown` if none is."""
-    measured = rates > 0
-    if measured.all():
+    if np.count_nonzero(rates) == rates.size:
         return rates
+    measured = rates > 0
     known = rates[measured & eligible]
     return np.where(measured, rates, known.mean() if known.size else unknown)

@@ -28,13 +28,14 @@ def decide(
     A replica that is not eligible or has an infinite score is no candidate and does not appear in the decision.
     cached: prompt tokens each replica holds, where the policy asked. predicted_ms: to a first token, where it says.
     """
-    if not view.eligible.any():
+    ready = np.count_nonzero(view.eligible)
+    if not ready:
         raise NoReplica("no replica is ready")
-    allowed = score if view.eligible.all() else np.where(view.eligible, score, np.inf)
+    allowed = score if ready == score.size else np.where(view.eligible, score, np.inf)
     ties = np.flatnonzero(allowed == allowed.min())
     best = int(ties[0] if len(ties) == 1 else rng.choice(ties.tolist()))
     columns = {**terms, "score": allowed}
-    if np.isfinite(allowed).all():
+    if allowed.max() < np.inf:
         candidates, kept = view.replica_ids, {name: tuple(column.tolist()) for name, column in columns.items()}
     else:
         open_to = np.flatnonzero(np.isfinite(allowed))
