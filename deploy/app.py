@@ -185,6 +185,13 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
+def _check_gpus(fleet: Fleet, there: float) -> None:
+    """Serve would wait for ever for a GPU that does not come."""
+    wanted = sum(model.replicas.min * model.num_gpus for model in fleet.models)
+    if wanted > there:
+        raise ConfigError(f"the fleet needs {wanted:g} GPUs, this machine has {there:g}")
+
+
 def start(fleet: Fleet, run_dir: Path, *, port: int) -> None:
     """A Ray of our own on loopback, and Serve in it. `environment` must be in os.environ."""
     import ray
@@ -203,4 +210,5 @@ def start(fleet: Fleet, run_dir: Path, *, port: int) -> None:
         _temp_dir=str(run_dir / "ray"),
     )
     log.info("ray is up")
+    _check_gpus(fleet, ray.cluster_resources().get("GPU", 0.0))
     serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host="127.0.0.1", port=port))

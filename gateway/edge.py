@@ -119,23 +119,18 @@ async def read_body(scope: Scope, receive: Receive, max_bytes: int, timeout_s: f
     length = header(scope, b"content-length")
     if length.isdigit() and len(length) < 20 and int(length) > max_bytes:
         raise _too_large(max_bytes)
-    message = await receive()
-    if message["type"] == "http.request" and not message.get("more_body"):
-        body: bytes = message.get("body", b"")
-        if len(body) > max_bytes:
-            raise _too_large(max_bytes)
-        return body
     try:
         async with asyncio.timeout(timeout_s):
-            return await _read_parts(message, receive, max_bytes)
+            return await _read_parts(receive, max_bytes)
     except TimeoutError:
         raise InvalidRequest(f"the request body did not arrive within {timeout_s:g} s") from None
 
 
-async def _read_parts(message: Message, receive: Receive, max_bytes: int) -> bytes:
+async def _read_parts(receive: Receive, max_bytes: int) -> bytes:
     parts: list[bytes] = []
     size = 0
     while True:
+        message = await receive()
         if message["type"] != "http.request":
             raise ClientGone
         part = message.get("body", b"")
@@ -145,7 +140,6 @@ async def _read_parts(message: Message, receive: Receive, max_bytes: int) -> byt
             raise _too_large(max_bytes)
         if not message.get("more_body"):
             return b"".join(parts)
-        message = await receive()
 
 
 def _too_large(max_bytes: int) -> PayloadTooLarge:

@@ -58,7 +58,7 @@ class Generation(BaseModel):
     user: str | None = None
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     min_tokens: _Count | None = None
     ignore_eos: bool | None = None
     stop_token_ids: list[_Count] | None = None

@@ -129,10 +129,10 @@ class FinishReason(StrEnum):
 class SamplingParams:
     """How to choose tokens; names and meanings are vLLM's.
 
-    Neutral values switch a feature off: temperature 0 is greedy (top_p, top_k, min_p and seed are then without
-    effect), top_k 0 and top_p 1 keep the whole vocabulary. Penalties see prompt and output (repetition) or output only
-    (presence, frequency), before temperature. `logprobs`: None for none, 0 for the chosen token's, k for the k most
-    likely too; they are raw (before bias, penalties and temperature). `logit_bias` holds (token id, bias) pairs.
+    Neutral values switch a feature off: temperature 0 (anything below 1e-5) is greedy (top_p, top_k, min_p and seed are
+    then without effect), top_k 0 and top_p 1 keep the whole vocabulary. Penalties see prompt and output (repetition) or
+    output only (presence, frequency), before temperature. `logprobs`: None for none, 0 for the chosen token's, k for the
+    k most likely too; they are raw (before bias, penalties and temperature). `logit_bias` holds (token id, bias) pairs.
     `validate()` raises InvalidRequest naming the field.
     """
 
@@ -160,8 +160,9 @@ class SamplingParams:
                 raise InvalidRequest(f"{name} must be between {low} and {high}, got {value!r}", param=name)
         if self.top_p == 0:
             raise InvalidRequest("top_p must be greater than 0", param="top_p")
-        if self.repetition_penalty == 0:
-            raise InvalidRequest("repetition_penalty must be greater than 0", param="repetition_penalty")
+        for name, most in (("stop_token_ids", 256), ("logit_bias", 1024)):
+            if len(getattr(self, name)) > most:  # they are looked through for every token
+                raise InvalidRequest(f"{name} must not have more than {most} entries", param=name)
         if self.min_tokens > self.max_tokens:
             raise InvalidRequest(
                 f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})", param="min_tokens"
@@ -183,7 +184,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("seed", -(2**63), 2**63 - 1),
     ("presence_penalty", -2, 2),
     ("frequency_penalty", -2, 2),
-    ("repetition_penalty", 0, 100),
+    ("repetition_penalty", 0.01, 100),
     ("logprobs", 0, 20),
 )
 

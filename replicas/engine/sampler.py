@@ -17,6 +17,8 @@ from torch import Tensor
 from replicas.engine.sequence import Sequence
 
 _MASK = (1 << 64) - 1
+# Dividing logits by less would overflow float32; the likeliest token has all the mass long before.
+_GREEDY_BELOW = 1e-5
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ class Sampler:
         raw = self._raw_logprobs(logits, rows)
         logits = self._apply_edits(logits, rows)
         chosen = logits.argmax(dim=-1)
-        drawn = [i for i, seq in enumerate(rows) if seq.sampling.temperature > 0]
+        drawn = [i for i, seq in enumerate(rows) if seq.sampling.temperature >= _GREEDY_BELOW]
         if drawn:
             picked = logits if len(drawn) == len(rows) else logits[drawn]
             chosen[drawn] = self._draw(picked, [rows[i] for i in drawn])

@@ -99,6 +99,7 @@ class Scheduler:
         if not seq.admitted:
             seq.admitted = True
             seq.num_cached = seq.num_computed
+            seq.queued_tokens = seq.num_tokens - seq.num_computed  # more may be cached now than when it was added
             if seq.index == 0:
                 self.prefix_queries += seq.num_tokens
                 self.prefix_hits += seq.num_cached

@@ -309,6 +309,9 @@ def test_a_failed_step_ends_its_requests_and_the_engine_goes_on(
         ([1], replace(GREEDY, top_p=0.0), InvalidRequest, "top_p"),
         ([1], replace(GREEDY, min_tokens=13), InvalidRequest, "min_tokens"),
         ([1], replace(GREEDY, stop=("",)), InvalidRequest, "stop"),
+        ([1], replace(GREEDY, stop_token_ids=(1,) * 257), InvalidRequest, "stop_token_ids"),
+        ([1], replace(GREEDY, logit_bias=((1, 1.0),) * 1025), InvalidRequest, "logit_bias"),
+        ([1], replace(GREEDY, repetition_penalty=1e-40), InvalidRequest, "repetition_penalty"),
         ([1] * 250, GREEDY, ContextLengthExceeded, "messages"),
     ],
 )

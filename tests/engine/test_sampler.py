@@ -146,3 +146,11 @@ def test_min_tokens_forbids_eos_and_stop_ids_until_reached() -> None:
     assert Sampler([0])(logits.clone(), [sequence((2,), **params)])[0].token_id == 2
     assert Sampler([0])(logits.clone(), [sequence((2, 2), **params)])[0].token_id == 0
     assert Sampler([0])(logits.clone(), [sequence((2,), ignore_eos=True, **params)])[0].token_id == 0
+
+
+@pytest.mark.parametrize("temperature", [1e-50, 1e-39, 1e-6, 1e-4])
+def test_tiny_temperatures_pick_the_likeliest_token(temperature: float) -> None:
+    """Logits over 1e-39 overflowed to infinity, and the answer was the vocabulary's last token for ever."""
+    logits = logits_of(4, rows=3)
+    rows = [sequence(seed=i, temperature=temperature, top_p=0.9) for i in range(3)]
+    assert [s.token_id for s in Sampler([])(logits.clone(), rows)] == logits.argmax(dim=-1).tolist()
