@@ -131,8 +131,9 @@ class SamplingParams:
 
     Neutral values switch a feature off: temperature 0 (anything below 1e-5) is greedy (top_p, top_k, min_p and seed are
     then without effect), top_k 0 and top_p 1 keep the whole vocabulary. Penalties see prompt and output (repetition) or
-    output only (presence, frequency), before temperature. `logprobs`: None for none, 0 for the chosen token's, k for the
-    k most likely too; they are raw (before bias, penalties and temperature). `logit_bias` holds (token id, bias) pairs.
+    output only (presence, frequency), before temperature. `logprobs`: None for none, 0 for the chosen token's, k for
+    the k most likely too; they are raw (before bias, penalties and temperature). `logit_bias` holds
+    (token id, bias) pairs.
     `validate()` raises InvalidRequest naming the field.
     """
 
