@@ -55,6 +55,23 @@ class Worker:
         self._process.stdin.flush()
         return self._answer()
 
+    def settle(self, limit_s: float = 5.0) -> None:
+        """Wait until the process has stopped computing: OpenMP's threads spin on after the work is done."""
+        deadline = time.monotonic() + limit_s
+        before = self._cpu_ticks()
+        while time.monotonic() < deadline:
+            time.sleep(0.1)
+            now = self._cpu_ticks()
+            if now - before <= 1:
+                return
+            before = now
+
+    def _cpu_ticks(self) -> int:
+        """User and system time of the process in clock ticks (proc_pid_stat(5)); 0 where there is no /proc."""
+        stat = Path(f"/proc/{self._process.pid}/stat")
+        fields = stat.read_text().rpartition(")")[2].split() if stat.exists() else []
+        return int(fields[11]) + int(fields[12]) if fields else 0
+
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None, "opened with a pipe"
         for line in self._process.stdout:
@@ -94,9 +111,12 @@ def compare(ours: Worker, peer: Worker, batches: Sequence[int], prompt: int, out
     """[{batch, ours: {figure: median}, peer: …, ratio: …}]; the ratio is the median of each repetition's own ratio."""
     rows = []
     for batch in batches:
-        pairs = [
-            (rates(ours.run(batch), prompt, output), rates(peer.run(batch), prompt, output)) for _ in range(repeat)
-        ]
+        pairs = []
+        for _ in range(repeat):
+            peer.settle()
+            mine = rates(ours.run(batch), prompt, output)
+            ours.settle()
+            pairs.append((mine, rates(peer.run(batch), prompt, output)))
         names = [name for name in pairs[0][0] if all(name in side for pair in pairs for side in pair)]
         rows.append(
             {

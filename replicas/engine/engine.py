@@ -77,6 +77,7 @@ class Engine:
         self._texts: dict[Sequence, Detokenizer] = {}
         self._meter = Meter()
         self._steps = self._prompt_tokens = self._generation_tokens = 0
+        self._tokenizer.token_bytes(0)  # builds its table now, not in the first request's first token
         self.card = replace(loaded.card, max_model_len=self.max_model_len, block_size=config.block_size)
 
     # ---------------------------------------------------------------- requests
