@@ -106,6 +106,12 @@ def models(ctx: typer.Context) -> None:
     _call("deploy.models_cli", "app", ctx)
 
 
+@app.command(context_settings=_PASS_ON)
+def policy(ctx: typer.Context) -> None:
+    """Train, judge and simulate routing policies."""
+    _call("deploy.policy_cli", "app", ctx)
+
+
 def main() -> None:
     """Console script: our own errors are one line on stderr and exit status 1, never a traceback."""
     try:
