@@ -252,7 +252,7 @@ class Life(RuleBasedStateMachine):
         probes = [permit for permit in self.out if permit.probe and self.current(permit)]
         assert len(probes) <= 1
         if not probes:  # then nothing but time is between a request and the replica
-            assert self.breaker.can_acquire(self.now + self.breaker.wait_s(self.now))
+            assert self.breaker.can_acquire(self.now + self.breaker.wait_s(self.now) + 1e-9)  # floats round
 
     @invariant()
     def waits_and_memory_are_bounded(self) -> None:
@@ -262,4 +262,4 @@ class Life(RuleBasedStateMachine):
 
 
 TestLife = Life.TestCase
-TestLife.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestLife.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
