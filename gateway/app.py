@@ -18,11 +18,12 @@ from starlette.types import Receive, Scope, Send
 
 from gateway import openapi
 from gateway.config import GatewayConfig, ServedModel
+from gateway.connection import Connect
 from gateway.db.database import Database
 from gateway.directory import Directory
 from gateway.edge import EXCHANGE, Edge, header
 from gateway.errors import routing_error_body
-from gateway.fleet import Connect, Fleet
+from gateway.fleet import Fleet
 from gateway.generate import CHAT, COMPLETION, Generate, Kind
 from gateway.keys import KeyRing, load_secret
 from gateway.metrics import Metrics
@@ -120,6 +121,7 @@ def create_app(config: GatewayConfig, directory: Directory, *, connect: Connect 
         redirect_slashes=False,
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
+    app.state.gateway = gateway
     app.add_middleware(Edge, metrics=gateway.metrics, server_sends_request_id=config.server_sends_request_id)
     app.add_exception_handler(HTTPException, _routing_error)
     # first, because routes are tried in order and these two carry the load

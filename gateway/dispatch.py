@@ -8,13 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from gateway.config import Retries
-from gateway.fleet import Connection, Fleet
-from replicas.protocol import Chunk, GenerateRequest, NoReplica, QueueFull, ReplicaLost, Unavailable
+from gateway.fleet import Fleet
+from gateway.routes import DEFAULT_POLICY, Choice
+from policies.fleet_view import RouteRequest
+from replicas.protocol import (
+    Chunk,
+    GenerateRequest,
+    NoReplica,
+    QueueFull,
+    ReplicaLost,
+    RouteDecision,
+    SignalboxError,
+    Unavailable,
+)
 
 Chunks = AsyncGenerator[list[Chunk], None]
 
@@ -22,50 +33,79 @@ Chunks = AsyncGenerator[list[Chunk], None]
 _PAUSE_S = 0.05
 
 
-async def generate(fleet: Fleet, model: str, request: GenerateRequest, retries: Retries) -> Chunks:
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One replica that a request was given to: why that one, when (Unix seconds), and what became of it."""
+
+    decision: RouteDecision
+    at: float
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A prompt on its way. `attempts` grows with every replica it is given to."""
+
+    model: str
+    request: GenerateRequest
+    route: RouteRequest
+    policy: str = DEFAULT_POLICY
+    generation: int = 0
+    attempts: list[Attempt] = field(default_factory=list)
+
+
+async def generate(fleet: Fleet, job: Job, retries: Retries) -> Chunks:
     """Yield what the engine brings, up to the terminal chunk. Raises the protocol's errors.
 
     Unavailable is raised only after `retries.attempts` replicas or `retries.wait_s` seconds, with retry_after_s set; a
     full queue is not waited for, only tried elsewhere. Closing the generator aborts the request in the engine.
     """
+    request = job.request
     deadline = time.monotonic() + retries.wait_s
-    tried: set[Connection] = set()
+    tried: set[str] = set()
     last: Unavailable | None = None
     for attempt in range(retries.attempts):
-        connection = fleet.choose(model, tried) or await _wait_for_replica(fleet, model, tried, last, deadline, retries)
+        choice = _choose(fleet, job, tried) or await _wait_for_replica(fleet, job, tried, last, deadline, retries)
+        job.attempts.append(Attempt(choice.decision, time.time()))
         # an id of its own per attempt: the one before may still run on a replica that only we lost
         named = replace(request, request_id=f"{request.request_id}-r{attempt}") if attempt else request
         started = False
         try:
-            async with aclosing(connection.generate(named)) as stream:
-                async for ready in stream:
-                    started = True
-                    yield ready
+            with fleet.routes[job.model].counted(job.route, choice):
+                async with aclosing(choice.connection.generate(named)) as stream:
+                    async for ready in stream:
+                        started = True
+                        yield ready
             return
-        except Unavailable as error:
-            if started:
+        except SignalboxError as error:
+            job.attempts[-1] = replace(job.attempts[-1], error=f"{type(error).__name__}: {error.message}")
+            if started or not isinstance(error, Unavailable):
                 raise
             last = error
-            tried.add(connection)
+            tried.add(choice.decision.replica_id)
         if isinstance(last, ReplicaLost):
             await asyncio.sleep(_PAUSE_S * (attempt + 1))
     assert last is not None, "at least one attempt is configured"
     raise _later(last, retries)
 
 
+def _choose(fleet: Fleet, job: Job, avoid: Collection[str]) -> Choice | None:
+    return fleet.choose(job.model, job.route, avoid, job.policy, job.generation)
+
+
 async def _wait_for_replica(
-    fleet: Fleet, model: str, tried: set[Connection], last: Unavailable | None, deadline: float, retries: Retries
-) -> Connection:
+    fleet: Fleet, job: Job, tried: set[str], last: Unavailable | None, deadline: float, retries: Retries
+) -> Choice:
     """The first replica outside `tried` to become ready; `last` or NoReplica when none does before the deadline."""
     try:
         async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-            while (connection := fleet.choose(model, tried)) is None:
+            while (choice := _choose(fleet, job, tried)) is None:
                 if isinstance(last, QueueFull):
                     raise _later(last, retries)
                 await fleet.change()
-            return connection
+            return choice
     except TimeoutError:
-        raise _later(last or NoReplica(f"no replica of {model!r} is ready"), retries) from None
+        raise _later(last or NoReplica(f"no replica of {job.model!r} is ready"), retries) from None
 
 
 def _later(error: Unavailable, retries: Retries) -> Unavailable:

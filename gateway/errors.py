@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from replicas.protocol import (
     AuthenticationFailed,
+    BudgetExceeded,
     ConfigError,
     ContextLengthExceeded,
     EngineFault,
@@ -20,6 +21,7 @@ from replicas.protocol import (
     NotSupported,
     PayloadTooLarge,
     QueueFull,
+    RateLimited,
     ReplicaDraining,
     ReplicaLost,
     RequestError,
@@ -41,6 +43,8 @@ TABLE: dict[type[SignalboxError], HttpError] = {
     NotSupported: HttpError(400, "invalid_request_error", "unsupported_parameter"),
     AuthenticationFailed: HttpError(401, "invalid_request_error", "invalid_api_key"),
     ModelNotFound: HttpError(404, "invalid_request_error", "model_not_found"),
+    BudgetExceeded: HttpError(429, "insufficient_quota", "insufficient_quota"),
+    RateLimited: HttpError(429, "rate_limit_error", "rate_limit_exceeded"),
     PayloadTooLarge: HttpError(413, "invalid_request_error", "request_too_large"),
     RequestError: HttpError(400, "invalid_request_error", None),
     QueueFull: HttpError(503, "service_unavailable_error", "queue_full"),

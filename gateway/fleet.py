@@ -9,27 +9,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from typing import Protocol
 
 from gateway.config import GatewayConfig, ServedModel
+from gateway.connection import Connect, Connection
 from gateway.directory import Directory
 from gateway.models import Model
-from policies.balance import ReplicaLoad, least_load
-from replicas.client import ReplicaConnection
+from gateway.routes import Choice, Routes
+from policies.fleet_view import RouteRequest
+from replicas.client import Listener, ReplicaConnection
 from replicas.protocol import (
-    Chunk,
     ConfigError,
-    GenerateRequest,
     ModelCard,
     ModelNotFound,
     NoReplica,
     ReplicaAddress,
     ReplicaState,
-    ReplicaStatus,
     Unavailable,
 )
 
@@ -37,28 +34,6 @@ logger = logging.getLogger(__name__)
 
 _RECONNECT_FIRST_S, _RECONNECT_MAX_S = 0.05, 2.0
 _LINGER_S = 0.2
-
-
-class Connection(Protocol):
-    """What the gateway needs of `replicas.client.ReplicaConnection`."""
-
-    @property
-    def address(self) -> ReplicaAddress: ...
-    @property
-    def card(self) -> ModelCard: ...
-    @property
-    def status(self) -> ReplicaStatus | None: ...
-    @property
-    def alive(self) -> bool: ...
-    @property
-    def in_flight(self) -> int: ...
-    def unadmitted(self) -> tuple[int, int]: ...
-    def generate(self, request: GenerateRequest) -> AsyncGenerator[list[Chunk], None]: ...
-    async def wait_closed(self) -> None: ...
-    async def aclose(self) -> None: ...
-
-
-Connect = Callable[[ReplicaAddress], Awaitable[Connection]]
 
 
 class Fleet:
@@ -69,7 +44,7 @@ class Fleet:
         self._directory = directory
         self._connect = connect or _connector(config)
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="gateway-tokenizer")
-        self._rng = random.Random()
+        self.routes = {model.name: Routes(config.gateway_id) for model in config.models}
         self._models: dict[str, Model] = {}
         self._connections: dict[ReplicaAddress, Connection] = {}
         self._keepers: dict[ReplicaAddress, asyncio.Task[None]] = {}
@@ -112,12 +87,11 @@ class Fleet:
             if address.model == model and address in self._keepers and _takes_work(connection)
         ]
 
-    def choose(self, model: str, avoid: Collection[Connection] = ()) -> Connection | None:
-        """The least loaded ready replica outside `avoid`, counting what has been sent since each last reported."""
-        candidates = [connection for connection in self.ready(model) if connection not in avoid]
-        if not candidates:
-            return None
-        return candidates[least_load([_load(c) for c in candidates], self._rng).index]
+    def choose(
+        self, model: str, request: RouteRequest, avoid: Collection[str], policy: str, generation: int
+    ) -> Choice | None:
+        """Where the named policy sends the request now; None while no replica outside `avoid` takes work."""
+        return self.routes[model].choose(request, avoid, policy, generation)
 
     async def model(self, served: ServedModel, wait_s: float) -> Model:
         """The model, once any of its replicas has described it; NoReplica after `wait_s`."""
@@ -156,6 +130,7 @@ class Fleet:
         if connection is None or not connection.alive:
             keeper.cancel()
             return
+        self.routes[address.model].leave(connection)
         leaving = asyncio.create_task(_when_idle(connection, keeper), name=f"leave-{address.replica_id}")
         self._leaving.add(leaving)
         leaving.add_done_callback(self._leaving.discard)
@@ -163,8 +138,10 @@ class Fleet:
     async def _keep(self, address: ReplicaAddress) -> None:
         pause = _RECONNECT_FIRST_S
         while True:
+            routes = self.routes[address.model]
+            published = routes.listener(address.replica_id, address.incarnation)
             try:
-                connection = await self._connect(address)
+                connection = await self._connect(address, published)
             except Unavailable as error:
                 logger.info("replica %s is listed but not reachable yet: %s", address.replica_id, error)
                 await asyncio.sleep(pause)
@@ -177,6 +154,7 @@ class Fleet:
             try:
                 await self._describe(address.model, connection.card)
                 self._connections[address] = connection
+                routes.join(connection, published)
                 self._notify()
                 await connection.wait_closed()
             except ConfigError as error:
@@ -184,6 +162,7 @@ class Fleet:
                 return
             finally:
                 self._connections.pop(address, None)
+                routes.leave(connection)
                 await connection.aclose()
                 self._notify()
 
@@ -207,9 +186,9 @@ class Fleet:
 
 
 def _connector(config: GatewayConfig) -> Connect:
-    async def connect(address: ReplicaAddress) -> Connection:
+    async def connect(address: ReplicaAddress, listener: Listener) -> Connection:
         return await ReplicaConnection.connect(
-            address, gateway_id=config.gateway_id, timeout_s=config.connect_timeout_s
+            address, gateway_id=config.gateway_id, timeout_s=config.connect_timeout_s, listener=listener
         )
 
     return connect
@@ -218,11 +197,6 @@ def _connector(config: GatewayConfig) -> Connect:
 def _takes_work(connection: Connection) -> bool:
     status = connection.status
     return connection.alive and (status is None or status.state is ReplicaState.READY)
-
-
-def _load(connection: Connection) -> ReplicaLoad:
-    status = connection.status
-    return ReplicaLoad(connection.address.replica_id, status.stats if status else None, *connection.unadmitted())
 
 
 async def _when_idle(connection: Connection, keeper: asyncio.Task[None]) -> None:

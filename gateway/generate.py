@@ -20,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway import dispatch, requests
 from gateway.config import GatewayConfig
+from gateway.dispatch import Job
 from gateway.edge import HangUp, header, read_body
 from gateway.errors import INTERNAL, error_body
 from gateway.fleet import Fleet
@@ -37,6 +38,7 @@ from gateway.responses import (
     Shape,
     total,
 )
+from gateway.routes import route_request
 from replicas.protocol import Chunk, EngineFault, GenerateRequest, InvalidRequest, SignalboxError, Usage
 
 logger = logging.getLogger(__name__)
@@ -144,39 +146,39 @@ class Generate:
         laps.lap("parse")
         async with HangUp(receive, not self._config.server_cancels) as hang_up:
             model = await self._fleet.model(served, self._config.retries.wait_s)
-            generations = await self._plan(request, model, key.tenant)
+            jobs = await self._plan(request, model, key.tenant)
             laps.lap("tokenise")
             metrics = self._metrics.models[model.name]
             envelope = Envelope(
-                id=generations[0].request_id.partition("/")[0],
+                id=jobs[0].request.request_id.partition("/")[0],
                 created=int(time.time()),
                 model=model.name,
                 fingerprint=model.fingerprint,
             )
             metrics.in_flight += 1
             try:
-                async with aclosing(self._dispatch(model.name, generations)) as stream:
-                    answer = _Answer(request, envelope, stream, len(generations), laps, metrics)
+                async with aclosing(self._dispatch(jobs)) as stream:
+                    answer = _Answer(request, envelope, stream, len(jobs), laps, metrics)
                     await (self._stream if request.stream else self._whole)(answer, hang_up, send)
             finally:
                 metrics.in_flight -= 1
 
-    async def _plan(self, request: Request, model: Model, tenant: str) -> list[GenerateRequest]:
-        """One engine request per prompt; everything the caller may have got wrong is found here at the latest."""
+    async def _plan(self, request: Request, model: Model, tenant: str) -> list[Job]:
+        """One job per prompt; everything the caller may have got wrong is found here at the latest."""
         kind = self._kind
         self._check_limits(request)
         prompts = await kind.encode(request, model, tenant)
         answer_id = f"{kind.id_prefix}-{secrets.token_hex(12)}"
-        generations = []
+        jobs = []
         for number, ids in enumerate(prompts):
             param = item_path(kind.param, number, len(prompts))
             max_tokens = model.max_tokens(len(ids), request.token_limit, param)
             sampling = request.sampling(max_tokens, request.logprobs_wanted, model.card.vocab_size)
             request_id = answer_id if len(prompts) == 1 else f"{answer_id}/{number}"
-            generations.append(
-                GenerateRequest(request_id=request_id, prompt_token_ids=ids, sampling=sampling, tenant=tenant)
-            )
-        return generations
+            asked = GenerateRequest(request_id=request_id, prompt_token_ids=ids, sampling=sampling, tenant=tenant)
+            route = route_request(model.card, tenant, request_id, ids, max_tokens)
+            jobs.append(Job(model=model.name, request=asked, route=route))
+        return jobs
 
     def _check_limits(self, request: Request) -> None:
         limits = self._config.limits
@@ -190,9 +192,9 @@ class Generate:
                 f"messages: {len(request.messages)} are more than {limits.max_messages}", param="messages"
             )
 
-    def _dispatch(self, model: str, generations: list[GenerateRequest]) -> dispatch.Chunks:
-        streams = [dispatch.generate(self._fleet, model, each, self._config.retries) for each in generations]
-        return streams[0] if len(streams) == 1 else dispatch.merged(streams, generations[0].sampling.n)
+    def _dispatch(self, jobs: list[Job]) -> dispatch.Chunks:
+        streams = [dispatch.generate(self._fleet, job, self._config.retries) for job in jobs]
+        return streams[0] if len(streams) == 1 else dispatch.merged(streams, jobs[0].request.sampling.n)
 
     async def _whole(self, answer: _Answer, hang_up: HangUp, send: Send) -> None:
         collected = Collected(answer.choices)

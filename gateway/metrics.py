@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 from replicas.protocol import EngineStats, Usage
 
 if TYPE_CHECKING:
-    from gateway.fleet import Connection
+    from gateway.connection import Connection
 
 Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
 

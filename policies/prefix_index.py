@@ -25,7 +25,7 @@ A wrong "held" needs an absent block whose fingerprint equals a stored one's: n 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -285,9 +285,7 @@ class PrefixIndex:
 
         Another incarnation replaces the one before. An event that was seen already is skipped.
         """
-        member = self._members.get(replica_id)
-        if member is None or member.incarnation != incarnation:
-            member = self._join(replica_id, incarnation)
+        member = self._member(replica_id, incarnation)
         if member.expected is None:
             member.wanting = first > 1  # an incarnation's events count from 1: the earlier ones were not for us
         elif first > member.expected:
@@ -301,26 +299,44 @@ class PrefixIndex:
         member.table.tidy()
         return member.wanting
 
-    def snapshot(self, replica_id: str, incarnation: str, next_event: int, hashes: Iterable[bytes]) -> bool:
+    def expect_snapshot(self, replica_id: str, incarnation: str) -> None:
+        """A replica that may have cached something before we listened. Its event 1, should it come, makes that moot."""
+        self._member(replica_id, incarnation).wanting = True
+
+    def snapshot(self, replica_id: str, incarnation: str, next_event: int, hashes: Sequence[bytes]) -> bool:
         """Everything that was cached before event `next_event`; True if another snapshot is wanted all the same.
 
         What came since the loss and is not in the snapshot is applied again on top of it.
         """
-        member = self._members.get(replica_id)
-        if member is None or member.incarnation != incarnation:
-            member = self._join(replica_id, incarnation)
+        for _ in self.snapshot_slices(replica_id, incarnation, next_event, hashes):
+            pass
+        return self._member(replica_id, incarnation).wanting
+
+    def snapshot_slices(
+        self, replica_id: str, incarnation: str, next_event: int, hashes: Sequence[bytes], slice_blocks: int = 2048
+    ) -> Iterator[None]:
+        """`snapshot` with a pause after every slice, so that a large one need not keep anybody waiting.
+
+        Events and decisions may come in between; a snapshot of a replica that is gone or new meanwhile ends there.
+        """
+        member = self._member(replica_id, incarnation)
+        if not member.wanting:
+            return
+        self._forget_blocks(member)
+        for start in range(0, len(hashes), slice_blocks):
+            table = member.table
+            for digest in hashes[start : start + slice_blocks]:
+                table.add(table.fingerprint(digest), member.bit)
+            yield
+            if self._members.get(replica_id) is not member:
+                return
         later = [(number, event) for number, event in member.backlog if number >= next_event]
         expected = member.expected or next_event
-        member.wanting = len(later) < expected - next_event
-        self._forget_blocks(member)
-        table = member.table
-        for digest in hashes:
-            table.add(table.fingerprint(digest), member.bit)
         for _, event in later:
             self._take(member, event)
+        member.wanting = len(later) < expected - next_event
         member.backlog.clear()
         member.expected = max(expected, next_event)
-        return member.wanting
 
     def drop(self, replica_id: str) -> None:
         """The replica is gone; unknown names are no error."""
@@ -330,6 +346,12 @@ class PrefixIndex:
             self._slots_of = None
 
     # ---------------------------------------------------------------- inside
+
+    def _member(self, replica_id: str, incarnation: str) -> _Member:
+        member = self._members.get(replica_id)
+        if member is None or member.incarnation != incarnation:
+            member = self._join(replica_id, incarnation)
+        return member
 
     def _join(self, replica_id: str, incarnation: str) -> _Member:
         self.drop(replica_id)

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 import zmq
 
@@ -43,10 +44,22 @@ _ACK_EVERY = 256 * 1024
 _HEARTBEAT_S = 0.5
 
 
+class Listener(Protocol):
+    """Whoever wants to know what a replica publishes. Called on the connection's loop; must not block.
+
+    `events` are numbered first, first + 1, … and count from 1 in each incarnation; a gap in the numbers means that some
+    were lost. `snapshot` answers `ReplicaConnection.resync`: `hashes` (16 bytes each) are all blocks that were cached
+    before event `next_event`.
+    """
+
+    def status(self, status: ReplicaStatus) -> None: ...
+    def events(self, first: int, events: Sequence[KVEvent]) -> None: ...
+    def snapshot(self, next_event: int, hashes: bytes) -> None: ...
+
+
 @dataclass(slots=True, eq=False)
 class _Stream:
     request_id: str
-    uncached_tokens: int
     ready: list[Chunk] = field(default_factory=list)
     error: SignalboxError | None = None
     done: bool = False
@@ -65,14 +78,12 @@ class ReplicaConnection:
         address: ReplicaAddress,
         gateway_id: str,
         context: Context,
-        on_kv_event: Callable[[KVEvent], None] | None,
-        on_status: Callable[[ReplicaStatus], None] | None,
+        listener: Listener | None,
     ) -> None:
         self.address = address
         self.gateway_id = gateway_id
         self.status: ReplicaStatus | None = None
-        self._on_kv_event = on_kv_event
-        self._on_status = on_status
+        self._listener = listener
         self._loop = asyncio.get_running_loop()
         self._described: asyncio.Future[ModelCard] = self._loop.create_future()
         self._closed = asyncio.Event()
@@ -84,8 +95,7 @@ class ReplicaConnection:
         self._last_nonce = 0
         self._received = 0
         self._acknowledged = 0
-        self._next_event = 0
-        topics = (wire.TOPIC_STATUS, wire.TOPIC_EVENTS) if on_kv_event else (wire.TOPIC_STATUS,)
+        topics = (wire.TOPIC_STATUS, wire.TOPIC_EVENTS) if listener else (wire.TOPIC_STATUS,)
         self._sockets = GatewaySockets(context, address.endpoint, address.events_endpoint, topics, _HEARTBEAT_S)
         self._watched = {
             self._sockets.dealer.fileno(): self._read_dealer,
@@ -103,17 +113,15 @@ class ReplicaConnection:
         *,
         gateway_id: str,
         timeout_s: float = 5.0,
-        on_kv_event: Callable[[KVEvent], None] | None = None,
-        on_status: Callable[[ReplicaStatus], None] | None = None,
+        listener: Listener | None = None,
         context: Context | None = None,
     ) -> ReplicaConnection:
         """Reach the replica and learn its model card.
 
         Raises ReplicaLost when nothing (or another incarnation) answers there, ConfigError when it speaks another wire
-        version. The hooks run on the loop and must not block; after a gap in the KV events `on_kv_event` gets a
-        "cleared" one first, because what was missed is unknown.
+        version. KV events are subscribed to only for a listener.
         """
-        conn = cls(address, gateway_id, context or zmq.Context.instance(), on_kv_event, on_status)
+        conn = cls(address, gateway_id, context or zmq.Context.instance(), listener)
         try:
             conn._send(wire.Describe(gateway_id, address.incarnation))
             async with asyncio.timeout(timeout_s):
@@ -142,24 +150,9 @@ class ReplicaConnection:
         return len(self._streams)
 
     @property
-    def in_flight_tokens(self) -> int:
-        """Their uncached prompt tokens."""
-        return sum(stream.uncached_tokens for stream in self._streams.values())
-
-    def unadmitted(self) -> tuple[int, int]:
-        """(requests, uncached prompt tokens) of those in flight that the numbers in `status` do not include yet."""
-        admitted = self.status.admitted.get(self.gateway_id, 0) if self.status else 0
-        requests = tokens = 0
-        for seq in reversed(self._streams):  # in the order of submission
-            if seq <= admitted:
-                break
-            requests += 1
-            tokens += self._streams[seq].uncached_tokens
-        return requests, tokens
-
-    @property
-    def unseen(self) -> int:
-        return self.unadmitted()[0]
+    def next_seq(self) -> int:
+        """What the next submission will be numbered; `ReplicaStatus.admitted` echoes these numbers."""
+        return self._seq + 1
 
     async def wait_closed(self) -> None:
         """Return when the connection is lost or closed."""
@@ -167,15 +160,12 @@ class ReplicaConnection:
 
     # ---------------------------------------------------------------- what it does
 
-    async def generate(
-        self, request: GenerateRequest, *, uncached_tokens: int | None = None
-    ) -> AsyncGenerator[list[Chunk], None]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[list[Chunk], None]:
         """Submit and yield chunks until the terminal one, all that are ready in one list, never an empty one.
 
-        Raises the error that ended the request, after what came before it was yielded. `uncached_tokens` is the
-        caller's estimate for `in_flight_tokens`; by default the whole prompt.
+        Raises the error that ended the request, after what came before it was yielded.
         """
-        seq, stream = self._submit(request, uncached_tokens)
+        seq, stream = self._submit(request)
         try:
             while True:
                 if not stream.ready and not stream.done:
@@ -192,6 +182,10 @@ class ReplicaConnection:
         finally:
             if self._streams.pop(seq, None) is not None:
                 self._send(wire.Abort(seq))
+
+    def resync(self) -> None:
+        """Ask for a snapshot of what is cached; the listener gets it. Nothing happens on a lost connection."""
+        self._send(wire.Resync())
 
     async def ping(self, timeout_s: float = 5.0) -> float:
         """Seconds for a round trip through the engine's thread; raises ReplicaLost or TimeoutError."""
@@ -216,12 +210,11 @@ class ReplicaConnection:
 
     # ---------------------------------------------------------------- inside
 
-    def _submit(self, request: GenerateRequest, uncached_tokens: int | None) -> tuple[int, _Stream]:
+    def _submit(self, request: GenerateRequest) -> tuple[int, _Stream]:
         self._check_alive()
         message = wire.submit(self._seq + 1, request)
         self._seq += 1
-        tokens = len(request.prompt_token_ids) if uncached_tokens is None else uncached_tokens
-        self._streams[self._seq] = stream = _Stream(request.request_id, tokens)
+        self._streams[self._seq] = stream = _Stream(request.request_id)
         self._send(message)
         return self._seq, stream
 
@@ -253,16 +246,14 @@ class ReplicaConnection:
 
     def _take(self, message: wire.ToGateway, size: int) -> None:
         if isinstance(message, wire.Chunks):
-            for part in message.parts:
-                self._deliver(part)
-            self._received += size
-            if self._received - self._acknowledged >= _ACK_EVERY:
-                self._acknowledged = self._received
-                self._send(wire.Ack(self._received))
+            self._take_chunks(message, size)
         elif isinstance(message, wire.Card):
             self._take_status(wire.status(message.status))
             if not self._described.done():
                 self._described.set_result(message.card)
+        elif isinstance(message, wire.Snapshot):
+            if self._listener is not None and message.incarnation == self.address.incarnation:
+                self._listener.snapshot(message.next_event, message.hashes)
         elif isinstance(message, wire.Pong):
             answer = self._pings.get(message.nonce)
             if answer is not None and not answer.done():
@@ -271,6 +262,14 @@ class ReplicaConnection:
             self._lose(partial(ReplicaLost, f"the replica ended the connection: {message.reason}"))
         else:
             log.warning("replica %s refused a frame: %s", self.address.replica_id, message.reason)
+
+    def _take_chunks(self, message: wire.Chunks, size: int) -> None:
+        for part in message.parts:
+            self._deliver(part)
+        self._received += size
+        if self._received - self._acknowledged >= _ACK_EVERY:
+            self._acknowledged = self._received
+            self._send(wire.Ack(self._received))
 
     def _deliver(self, part: wire.ChunkPart) -> None:
         stream = self._streams.get(part.seq)
@@ -298,8 +297,8 @@ class ReplicaConnection:
                 continue
             if isinstance(message, wire.Status):
                 self._take_status(wire.status(message))
-            else:
-                self._take_events(message)
+            elif self._listener is not None:
+                self._listener.events(message.first, wire.events(message))
             if self._closed.is_set():  # a hook closed the connection
                 return
         if has_input(self._sockets.subscriber):
@@ -308,16 +307,8 @@ class ReplicaConnection:
     def _take_status(self, status: ReplicaStatus) -> None:
         if status.incarnation == self.address.incarnation:
             self.status = status
-            if self._on_status is not None:
-                self._on_status(status)
-
-    def _take_events(self, message: wire.Events) -> None:
-        assert self._on_kv_event is not None, "events are subscribed to only for a hook"
-        if message.first != self._next_event:
-            self._on_kv_event(KVEvent(kind="cleared"))
-        self._next_event = message.first + len(message.events)
-        for event in wire.events(message):
-            self._on_kv_event(event)
+            if self._listener is not None:
+                self._listener.status(status)
 
     def _read_monitor(self) -> None:
         if self.alive and disconnections(self._sockets.monitor):

@@ -332,6 +332,9 @@ class FakeEngine:
         events, self._blocks.events = self._blocks.events, []
         return events
 
+    def cached_hashes(self) -> list[bytes]:
+        return list(self._blocks.refs)
+
     def check_integrity(self) -> None:
         held: Counter[bytes] = Counter()
         private = 0

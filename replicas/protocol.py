@@ -10,6 +10,8 @@ and `gateway.errors` holds the one table that maps the tree to HTTP.
     │   ├── NotSupported             a feature that is not built (`param` names it)
     │   ├── AuthenticationFailed     no key, or a wrong or revoked one
     │   ├── ModelNotFound            no model of that name behind this door
+    │   ├── BudgetExceeded           a hard cap of money or tokens would be passed (`retry_after_s`: its window's end)
+    │   ├── RateLimited              too much within the minute, or at once (`retry_after_s` is a promise)
     │   └── PayloadTooLarge          body over the limit
     ├── Unavailable                  not now; may be tried elsewhere while no token has been sent
     │   ├── QueueFull                the engine's bounded queue is full (`retry_after_s`)
@@ -64,6 +66,14 @@ class AuthenticationFailed(RequestError):
 
 
 class ModelNotFound(RequestError):
+    pass
+
+
+class BudgetExceeded(RequestError):
+    pass
+
+
+class RateLimited(RequestError):
     pass
 
 
@@ -334,7 +344,8 @@ class ModelCard:
 
     `tokenizer_json` is the file's content as Hugging Face `tokenizers` reads it; `chat_template` is Jinja source or ""
     (then /v1/chat/completions is not supported). `special_tokens` has bos_token, eos_token, … for the template.
-    `revision` identifies the weights: it is part of the prefix-hash root and of system_fingerprint.
+    `revision` identifies the weights: it is part of the prefix-hash root and of system_fingerprint. `kv_format` says
+    how keys and values are stored, and is part of that root too.
     """
 
     model: str
@@ -348,6 +359,7 @@ class ModelCard:
     add_bos: bool = False
     eos_token_ids: tuple[int, ...] = ()
     default_max_tokens: int = 0
+    kv_format: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -384,6 +396,10 @@ class TokenEngine(Protocol):
         """KV events since the last call, oldest first."""
         ...
 
+    def cached_hashes(self) -> Sequence[bytes]:
+        """Every block that is cached now; with the events that follow, what a late listener needs."""
+        ...
+
     def check_integrity(self) -> None: ...
 
 
@@ -395,6 +411,16 @@ def prefix_root(tenant: str, revision: str, kv_format: str = "") -> bytes:
 def block_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
     """blake2b-128 of the parent's hash and one full block's token ids, each an int32 in native byte order."""
     return blake2b(parent + array("i", token_ids).tobytes(), digest_size=16).digest()
+
+
+def block_hashes(root: bytes, token_ids: Sequence[int], block_size: int) -> tuple[bytes, ...]:
+    """The chain of `block_hash` over the full blocks of a prompt; what is left over at its end has no hash."""
+    packed, width = array("i", token_ids).tobytes(), 4 * block_size
+    hashes, parent = [], root
+    for start in range(0, len(packed) - width + 1, width):
+        parent = blake2b(parent + packed[start : start + width], digest_size=16).digest()
+        hashes.append(parent)
+    return tuple(hashes)
 
 
 def error_from_name(

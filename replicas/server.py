@@ -279,7 +279,7 @@ class ReplicaServer:
         card = wire.Card(incarnation, self._card, wire.status_message(self._status()))
         self._send(peer, wire.encode(card))
 
-    def _obey(self, peer: Peer, command: wire.Submit | wire.Abort | wire.Ack | wire.Ping) -> None:
+    def _obey(self, peer: Peer, command: wire.Submit | wire.Abort | wire.Ack | wire.Ping | wire.Resync) -> None:
         if isinstance(command, wire.Submit):
             self._submit(peer, command)
         elif isinstance(command, wire.Abort):
@@ -288,6 +288,8 @@ class ReplicaServer:
                 self._close(stream, abort=True)
         elif isinstance(command, wire.Ack):
             peer.read = max(peer.read, min(command.received_bytes, peer.sent))
+        elif isinstance(command, wire.Resync):
+            self._send_snapshot(peer)
         else:
             self._send(peer, wire.encode(wire.Pong(command.nonce)))
 
@@ -318,6 +320,11 @@ class ReplicaServer:
         except Exception as error:
             log.exception("the engine could not take request %s", request.request_id)
             raise EngineFault("the engine could not take the request") from error
+
+    def _send_snapshot(self, peer: Peer) -> None:
+        self._publish_events()  # so that the snapshot and the number of the next event belong together
+        hashes = [] if self._state is ThreadState.FAILED else self._engine.cached_hashes()
+        self._send(peer, wire.encode(wire.Snapshot(self.address.incarnation, self._next_event, b"".join(hashes))))
 
     # ---------------------------------------------------------------- what goes out
 
@@ -364,12 +371,15 @@ class ReplicaServer:
             admitted={peer.gateway_id: peer.last_seq for peer in self._peers.values()},
         )
 
-    def _publish(self) -> None:
+    def _publish_events(self) -> None:
         events = self._engine.take_events() if self._state is not ThreadState.FAILED else []
         if events:
             message = wire.events_message(self.address.incarnation, self._next_event, events)
             self._next_event += len(events)
             self._sockets.publish(wire.TOPIC_EVENTS, wire.encode(message))
+
+    def _publish(self) -> None:
+        self._publish_events()
         limits, now = self._limits, time.monotonic()
         if now - self._published_at >= (limits.status_s if self._status_due or self._streams else limits.idle_status_s):
             self._published_at, self._status_due = now, False

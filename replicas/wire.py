@@ -2,8 +2,8 @@
 
     frame = VERSION (1 byte) | msgpack array [tag, field, field, ...]
 
-    gateway DEALER ──► replica ROUTER    Describe · Submit · Abort · Ack · Ping
-    gateway DEALER ◄── replica ROUTER    Card · Chunks · Pong · Refused
+    gateway DEALER ──► replica ROUTER    Describe · Submit · Abort · Ack · Ping · Resync
+    gateway DEALER ◄── replica ROUTER    Card · Chunks · Pong · Refused · Snapshot
     gateway SUB    ◄── replica PUB       TOPIC_STATUS + Status · TOPIC_EVENTS + Events
 
 A stream is named by its submission's sequence number, which counts up from 1 on each connection, so a token costs a few
@@ -158,8 +158,20 @@ class Events(_Frame, tag=11, frozen=True):
     events: tuple[EventPart, ...]
 
 
-ToReplica = Describe | Submit | Abort | Ack | Ping
-ToGateway = Card | Chunks | Pong | Refused
+class Resync(_Frame, tag=12, frozen=True):
+    """Asks for a Snapshot: events were lost, or happened before this gateway listened."""
+
+
+class Snapshot(_Frame, tag=13, frozen=True):
+    """Everything that was cached before event `next_event`: blocks' hashes of 16 bytes, one after another."""
+
+    incarnation: str
+    next_event: int
+    hashes: bytes
+
+
+ToReplica = Describe | Submit | Abort | Ack | Ping | Resync
+ToGateway = Card | Chunks | Pong | Refused | Snapshot
 Published = Status | Events
 
 _FINISH: tuple[FinishReason, ...] = tuple(FinishReason)

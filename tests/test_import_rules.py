@@ -114,7 +114,7 @@ def test_only_one_gateway_file_knows_ray() -> None:
 @pytest.mark.parametrize(
     ("imported", "absent"),
     [
-        ("policies.balance", ("torch", "ray", "fastapi", "transformers")),
+        ("policies.peers", ("torch", "ray", "fastapi", "transformers")),
         ("replicas.protocol", ("torch", "ray", "fastapi", "zmq", "msgspec", "pydantic")),
         ("replicas.engine.scheduler", ("torch", "ray", "fastapi", "numpy")),
         ("replicas.engine.engine", ("ray", "fastapi", "pydantic", "msgspec", "zmq", "transformers")),

@@ -136,6 +136,10 @@ class BlockPool:
         events, self._events = self._events, []
         return events
 
+    def cached_hashes(self) -> list[bytes]:
+        """Every prefix block that can be found now; with the events that follow, what a late listener needs."""
+        return list(self._cached)
+
     def check_integrity(self, holders: Sequence[Sequence[int]]) -> None:
         """Recount everything against `holders` (the block lists of all live sequences); AssertionError if it is off."""
         counts = [0] * self.num_blocks

@@ -78,7 +78,9 @@ class Engine:
         self._meter = Meter()
         self._steps = self._prompt_tokens = self._generation_tokens = 0
         self._tokenizer.token_bytes(0)  # builds its table now, not in the first request's first token
-        self.card = replace(loaded.card, max_model_len=self.max_model_len, block_size=config.block_size)
+        self.card = replace(
+            loaded.card, max_model_len=self.max_model_len, block_size=config.block_size, kv_format=loaded.kv_format
+        )
 
     # ---------------------------------------------------------------- requests
 
@@ -257,6 +259,9 @@ class Engine:
 
     def take_events(self) -> list[KVEvent]:
         return self.pool.take_events()
+
+    def cached_hashes(self) -> list[bytes]:
+        return self.pool.cached_hashes()
 
     def check_integrity(self) -> None:
         """Recount blocks and rows; AssertionError says what leaked. Costs O(pool): for tests and after faults."""

@@ -19,8 +19,9 @@ import uvicorn
 
 from gateway.app import create_app
 from gateway.config import GatewayConfig, ServedModel
+from gateway.connection import Connect
 from gateway.directory import StaticDirectory
-from gateway.fleet import Connect
+from gateway.fleet import Fleet
 from gateway.keys import KeyRegister, load_secret
 from replicas.fake import FakeEngine, FakeSettings, fake_card
 from replicas.protocol import (
@@ -78,8 +79,12 @@ class ScriptedConnection:
     def alive(self) -> bool:
         return not self.closed.is_set()
 
-    def unadmitted(self) -> tuple[int, int]:
-        return self.in_flight, 0
+    @property
+    def next_seq(self) -> int:
+        return len(self.requests) + 1
+
+    def resync(self) -> None:
+        pass
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[list[Chunk], None]:
         self.requests.append(request)
@@ -113,6 +118,12 @@ class Gateway:
     replicas: list[Replica] = field(default_factory=list)
     loop: Any = None
     server_tasks: set[asyncio.Task[Any]] = field(default_factory=set)
+    app: Any = None
+
+    @property
+    def fleet(self) -> Fleet:
+        fleet: Fleet = self.app.state.gateway.running.fleet
+        return fleet
 
     @property
     def headers(self) -> dict[str, str]:
@@ -155,7 +166,7 @@ class Gateway:
 
     def request_tasks(self) -> list[asyncio.Task[Any]]:
         """Tasks that requests have started: all but the server's and the gateway's own."""
-        own = ("keep-", "leave-", "fleet-", "key-")
+        own = ("keep-", "leave-", "fleet-", "key-", "snapshot-")
         tasks = asyncio.all_tasks(self.loop) - self.server_tasks
         return [task for task in tasks if not task.get_name().startswith(own)]
 
@@ -198,7 +209,7 @@ def running(config: GatewayConfig, key: str, connect: Connect | None = None) -> 
     sock = free_socket()
     app = create_app(config, directory, connect=connect)
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=5, lifespan="on"))
-    gateway = Gateway(f"http://127.0.0.1:{sock.getsockname()[1]}", key, config, directory)
+    gateway = Gateway(f"http://127.0.0.1:{sock.getsockname()[1]}", key, config, directory, app=app)
     ready = threading.Event()
 
     async def serve() -> None:
@@ -273,7 +284,7 @@ def start_gateway(tmp_path: Path) -> Iterator[StartGateway]:
             else:
                 by_address = {connection.address: connection for connection in connections}
 
-                async def connect(address: ReplicaAddress) -> Any:
+                async def connect(address: ReplicaAddress, listener: object) -> Any:
                     return by_address[address]
 
                 gateway = stack.enter_context(running(config, keys[0], connect))

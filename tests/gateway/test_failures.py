@@ -196,7 +196,7 @@ def test_a_replica_that_is_not_there_yet_is_tried_until_it_is(start_gateway) -> 
 
 
 def test_load_spreads_over_replicas_even_within_a_burst(start_gateway) -> None:
-    gateway = start_gateway(replicas=[FakeSettings(tokens_per_s=50)] * 3)
+    gateway = start_gateway(replicas=[FakeSettings(tokens_per_s=50, prefill_tokens_per_s=1e6)] * 3)
     threads = [threading.Thread(target=post, args=(gateway,), kwargs={"max_tokens": 30}) for _ in range(12)]
     for thread in threads:
         thread.start()

@@ -231,3 +231,35 @@ def test_a_history_forgets_tails_before_heads() -> None:
     assert history.leading(chain(1, 2, 3), ("r",)).tolist() == [2]
     history.drop("r")
     assert history.leading(chain(7), ("r",)).tolist() == [0]
+
+
+def test_a_late_listener_is_exact_after_a_snapshot_in_slices_with_events_between_them() -> None:
+    index, prompt = PrefixIndex(), chain(*range(1, 9))
+    index.expect_snapshot("r", "a")
+    slices = index.snapshot_slices("r", "a", 40, prompt[:6], slice_blocks=2)
+    next(slices)
+    assert index.apply("r", "a", 40, [removed(prompt[5]), stored(*prompt[6:])])
+    for _ in slices:
+        pass
+    assert index.wanting == []
+    assert index.leading(prompt, ("r",)).tolist() == [5]
+    assert not index.apply("r", "a", 42, [stored(prompt[5])])
+    assert index.leading(prompt, ("r",)).tolist() == [8]
+
+
+def test_the_first_event_of_an_incarnation_makes_its_snapshot_moot() -> None:
+    index, prompt = PrefixIndex(), chain(1, 2)
+    index.expect_snapshot("r", "a")
+    assert not index.apply("r", "a", 1, [stored(*prompt)])
+    assert not index.snapshot("r", "a", 1, [])
+    assert index.leading(prompt, ("r",)).tolist() == [2]
+
+
+def test_a_snapshot_of_a_replica_that_left_meanwhile_ends() -> None:
+    index, prompt = PrefixIndex(), chain(1, 2, 3, 4)
+    index.expect_snapshot("r", "a")
+    slices = index.snapshot_slices("r", "a", 1, prompt, slice_blocks=1)
+    next(slices)
+    index.drop("r")
+    assert list(slices) == []
+    assert index.leading(prompt, ("r",)).tolist() == [0]

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from typing import Any
 
@@ -149,34 +149,66 @@ async def test_a_gateway_that_vanishes_has_its_requests_aborted(room: Any, ask: 
     assert len(await collect(staying, ask(max_tokens=1))) == 1
 
 
-async def test_in_flight_work_is_counted_until_the_status_includes_it(room: Any, ask: Ask) -> None:
+async def test_the_status_echoes_which_submissions_its_numbers_include(room: Any, ask: Ask) -> None:
     _, conn = await room.pair(tokens_per_s=20)
-    lists = conn.generate(ask("x" * 40, max_tokens=50), uncached_tokens=7)
+    assert conn.next_seq == 1
+    lists = conn.generate(ask("x" * 40, max_tokens=50))
     reader = asyncio.create_task(anext(lists))
     await asyncio.sleep(0)
-    assert (conn.in_flight, conn.in_flight_tokens) == (1, 7)
-    assert conn.unadmitted() == (1, 7)
+    assert (conn.in_flight, conn.next_seq) == (1, 2)
     await reader
-    await eventually(lambda: conn.unadmitted() == (0, 0))
-    assert conn.in_flight == 1
-    assert conn.status is not None
+    await eventually(lambda: conn.status.admitted.get(conn.gateway_id) == 1)
     assert conn.status.stats.num_requests_running == 1
     await lists.aclose()
 
 
-async def test_kv_events_arrive_in_order_and_a_gap_clears(room: Any, ask: Ask) -> None:
-    server = room.replica()
-    events: list[KVEvent] = []
-    conn = await room.connect(server, on_kv_event=events.append)
+class Heard:
+    """A listener that writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.statuses: list[Any] = []
+        self.published: list[tuple[int, KVEvent]] = []
+        self.snapshots: list[tuple[int, bytes]] = []
+
+    def status(self, status: Any) -> None:
+        self.statuses.append(status)
+
+    def events(self, first: int, events: Sequence[KVEvent]) -> None:
+        self.published += enumerate(events, first)
+
+    def snapshot(self, next_event: int, hashes: bytes) -> None:
+        self.snapshots.append((next_event, hashes))
+
+
+async def test_kv_events_arrive_numbered_and_in_order(room: Any, ask: Ask) -> None:
+    heard = Heard()
+    conn = await room.connect(room.replica(), listener=heard)
     await asyncio.sleep(0.1)  # a subscription takes a moment to arrive
     await collect(conn, ask("x" * 64, max_tokens=1))
-    await eventually(lambda: len(events) == 2)
-    assert [event.kind for event in events] == ["cleared", "stored"]
-    assert len(events[1].hashes) == 4
     await collect(conn, ask("y" * 64, max_tokens=1))
-    await eventually(lambda: len(events) == 3)
-    conn._take_events(wire.Events(server.address.incarnation, 9, ()))
-    assert events[-1].kind == "cleared"
+    await eventually(lambda: len(heard.published) == 2)
+    assert [(number, event.kind, len(event.hashes)) for number, event in heard.published] == [
+        (1, "stored", 4),
+        (2, "stored", 4),
+    ]
+
+
+async def test_a_listener_that_came_late_gets_a_snapshot_that_its_events_continue(room: Any, ask: Ask) -> None:
+    server = room.replica()
+    early, late = Heard(), Heard()
+    conn = await room.connect(server, listener=early)
+    await asyncio.sleep(0.1)
+    await collect(conn, ask("x" * 64, max_tokens=1))
+    await eventually(lambda: early.published)
+    other = await room.connect(server, listener=late)
+    other.resync()
+    await eventually(lambda: late.snapshots)
+    (number, packed), blocks = late.snapshots[0], early.published[0][1].hashes
+    assert (number, {packed[i : i + 16] for i in range(0, len(packed), 16)}) == (2, set(blocks))
+    await asyncio.sleep(0.1)
+    await collect(other, ask("y" * 64, max_tokens=1))
+    await eventually(lambda: late.published)
+    assert late.published[0][0] == 2
 
 
 async def test_garbage_is_refused_and_the_replica_lives(room: Any, ask: Ask) -> None:
