@@ -1,0 +1,395 @@
+"""The policy document: which model answers to which name, how it is chosen, and what the gateways do besides.
+
+    text ─ yaml_text.read ─► data ─ the sections below ─► PolicyDocument ─ names known to the fleet? ─► accepted
+
+Frozen values; the empty document is valid and means every model by its own name, replicas chosen by affinity. What is
+not built yet has its place here too (document_limits) and is refused by name. docs/policies.md explains every key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from policies import yaml_text
+from policies.document_limits import Admission, Budget, Hedging, Priorities, RateLimit, RetryRules
+from policies.rightsize import cascade as cascades
+from policies.rightsize.choose import RightSizeView, Trade
+from policies.rightsize.guarantee import Promise
+from policies.rightsize.predictor import ArtefactError, Predictor
+from policies.section import NOT_YET, Dollars, Listed, Name, Section, Share
+from policies.yaml_text import DocumentError, Loc, suggestion
+from replicas.protocol import ConfigError
+
+Wrong = tuple[Loc, str]
+
+
+class Prices(Section):
+    """US dollars per million tokens; what is left out is as the fleet file says."""
+
+    input: Dollars | None = None
+    cached_input: Dollars | None = None
+    output: Dollars | None = None
+
+
+class ModelRules(Section):
+    """What is declared of one model. strength stands for its quality where no predictor is trained: 0 .. 1."""
+
+    price: Prices = Prices()
+    strength: Annotated[float, Field(ge=0, le=1)] | None = None
+
+
+class PredictorFile(Section):
+    """A folder made by `signalbox policy train`. path: as the gateways see it; relative to their predictor folder.
+
+    sha256: of predictor.json, which names that of the arrays; so all gateways run the same predictor or none.
+    """
+
+    path: Annotated[str, Field(min_length=1, max_length=1024)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+def _default(of: type, name: str) -> Any:
+    """A default is written once: with the code that it belongs to."""
+    return next(field.default for field in dataclasses.fields(of) if field.name == name)
+
+
+class RightSize(Section):
+    """Choice of model by predicted quality against price; exactly one of cost_weight and quality_floor.
+
+    cost_weight: predicted quality one is ready to lose to save one dollar per thousand requests. quality_floor: the
+    cheapest model that is predicted to reach it.
+    """
+
+    predictor: PredictorFile | None = None
+    cost_weight: Annotated[float, Field(ge=0)] | None = None
+    quality_floor: Annotated[float, Field(ge=0, le=1)] | None = None
+    expected_output_tokens: Annotated[float, Field(gt=0)] = _default(RightSizeView, "expected_output_tokens")
+
+    @model_validator(mode="after")
+    def _one_trade(self) -> Self:
+        if (self.cost_weight is None) == (self.quality_floor is None):
+            raise ValueError("needs exactly one of cost_weight and quality_floor")
+        return self
+
+    @property
+    def trade(self) -> Trade:
+        return Trade(cost_weight=self.cost_weight, quality_floor=self.quality_floor)
+
+
+class Cascade(Section):
+    """The small model answers; below this mean log-probability of its tokens the strong one does."""
+
+    small: Name
+    strong: Name
+    min_mean_logprob: Annotated[float, Field(le=0)]
+
+    @property
+    def rule(self) -> cascades.Cascade:
+        return cascades.Cascade(self.small, self.strong, self.min_mean_logprob)
+
+
+class Guarantee(Section):
+    """A share of routed-down requests also runs on the strong model, in the background, within a budget."""
+
+    strong: Name
+    agreement: Annotated[float, Field(ge=0, le=1)] = _default(Promise, "agreement")
+    error: Annotated[float, Field(gt=0, lt=1)] = _default(Promise, "error")
+    share: Share = _default(Promise, "share")
+    usd_per_day: Dollars = _default(Promise, "budget")
+
+    @property
+    def promise(self) -> Promise:
+        return Promise(
+            strong=self.strong,
+            agreement=self.agreement,
+            error=self.error,
+            share=self.share,
+            budget=self.usd_per_day,
+        )
+
+
+class Session(Section):
+    """keep_model: a conversation stays with the model that answered its first turn while it pauses less than idle_s."""
+
+    keep_model: bool = False
+    idle_s: Annotated[float, Field(gt=0)] = 900.0
+
+
+class Group(Section):
+    """Several models under one name. Without right_size and cascade: the first of them that has a ready replica."""
+
+    models: Annotated[tuple[Name, ...], Listed, Field(min_length=1, max_length=64)]
+    right_size: RightSize | None = None
+    cascade: Cascade | None = None
+    guarantee: Guarantee | None = None
+    session: Session | None = None
+
+
+class Affinity(Section):
+    """How a replica is chosen among those of a model."""
+
+    policy: Literal["affinity", "cache_aware", "least_load", "power_of_two", "round_robin"] = "affinity"
+
+
+class Canary(Section):
+    """This generation begins with a share of the API keys. Another salt draws other keys."""
+
+    share: Share
+    salt: Annotated[str, Field(max_length=64)] = "signalbox"
+
+
+class PolicyDocument(Section):
+    """The whole document."""
+
+    models: Mapping[Name, ModelRules] = {}
+    groups: Mapping[Name, Group] = {}
+    aliases: Mapping[Name, Name] = {}
+    affinity: Affinity = Affinity()
+    fallbacks: Mapping[Name, Annotated[tuple[Name, ...], Listed, Field(min_length=1, max_length=16)]] = {}
+    canary: Canary | None = None
+    priorities: Priorities | None = None
+    budgets: Annotated[tuple[Budget, ...], Listed] = ()
+    rate_limits: Annotated[tuple[RateLimit, ...], Listed] = ()
+    admission: Admission | None = None
+    retries: RetryRules | None = None
+    hedging: Mapping[Name, Hedging] = {}
+
+    def target(self, name: str) -> str | Group:
+        """What a name that a caller gave stands for: a group, or the name of a model (not checked to exist)."""
+        name = self.aliases.get(name, name)
+        return self.groups.get(name, name)
+
+    def normalised(self) -> str:
+        """What the author states, nothing that is left to a default, as JSON with sorted keys."""
+        return json.dumps(self.model_dump(mode="json", exclude_unset=True), sort_keys=True, ensure_ascii=False)
+
+
+EMPTY = PolicyDocument()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FleetNames:
+    """What the fleet serves: names proper, and the aliases that the fleet file gives them."""
+
+    models: tuple[str, ...]
+    aliases: tuple[str, ...] = ()
+
+
+def parse(text: str, name: str = "policy", *, names: FleetNames | None = None) -> PolicyDocument:
+    """The document in `text`; DocumentError with the line and path of everything that is wrong.
+
+    `name` stands for the text in messages. names: where given, every model that the document names must be one of them.
+    """
+    source = yaml_text.read(text, name)
+    try:
+        document = PolicyDocument.model_validate(source.data)
+    except ValidationError as error:
+        raise source.explain_validation(error, PolicyDocument) from None
+    wrong = [*_contradictions(document), *(_unknown_names(document, names) if names else ())]
+    if wrong:
+        raise source.explain(wrong)
+    return document
+
+
+def load(path: Path, *, names: FleetNames | None = None) -> PolicyDocument:
+    """`parse` for a file; ConfigError when it cannot be read."""
+    return parse(read_text(path), str(path), names=names)
+
+
+def read_text(path: Path) -> str:
+    """At most a little more than a document may have; what is too large is then refused by `parse`."""
+    try:
+        with path.open("rb") as file:
+            return file.read(yaml_text.MAX_BYTES + 4).decode()
+    except OSError as error:
+        raise ConfigError(f"cannot read {str(path)!r}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise DocumentError(str(path), [yaml_text.Mistake(line, "", "is not UTF-8")]) from None
+
+
+# --------------------------------------------------------------------------------------------- what pydantic cannot see
+
+
+def _contradictions(document: PolicyDocument) -> Iterator[Wrong]:
+    for name, group in document.groups.items():
+        yield from (((*("groups", name), *loc), message) for loc, message in _group_contradictions(group))
+    for name, target in document.aliases.items():
+        if name in document.groups:
+            yield ("aliases", name), f"{name!r} is a group already"
+        if target in document.aliases:
+            yield ("aliases", name), f"{target!r} is an alias itself; name what it stands for"
+    for name, models in document.fallbacks.items():
+        yield from _repeated(models, ("fallbacks", name))
+        if name in models:
+            yield ("fallbacks", name, models.index(name)), "a model cannot stand in for itself"
+        for index, model in enumerate(models):
+            if model in document.groups or model in document.aliases:
+                yield ("fallbacks", name, index), f"{model!r} is no model's own name"
+
+
+def _group_contradictions(group: Group) -> Iterator[Wrong]:
+    yield from _repeated(group.models, ("models",))
+    cascade, guarantee = group.cascade, group.guarantee
+    parts = [("cascade", "small", cascade.small), ("cascade", "strong", cascade.strong)] if cascade else []
+    parts += [("guarantee", "strong", guarantee.strong)] if guarantee else []
+    for section, key, model in parts:
+        if model not in group.models:
+            yield (section, key), f"{model!r} is not among the group's models; {suggestion(model, group.models)}"
+    if cascade and cascade.small == cascade.strong:
+        yield ("cascade", "strong"), "must be another model than small"
+    if guarantee and group.right_size is None:
+        yield ("guarantee",), "needs right_size: it moves that trade towards quality"
+
+
+def _repeated(models: tuple[str, ...], loc: Loc) -> Iterator[Wrong]:
+    for index, model in enumerate(models):
+        if model in models[:index]:
+            yield (*loc, index), f"{model!r} is listed twice"
+
+
+def _unknown_names(document: PolicyDocument, names: FleetNames) -> Iterator[Wrong]:
+    taken = {*names.models, *names.aliases}
+    for section, own in (("groups", document.groups), ("aliases", document.aliases)):
+        yield from (((section, name), f"the fleet has a model or alias {name!r}") for name in own if name in taken)
+    for loc, model in _models_named(document):
+        if model not in names.models:
+            yield loc, f"the fleet has no model {model!r}; {suggestion(model, names.models)}"
+    targets = (*names.models, *document.groups)
+    for name, target in document.aliases.items():
+        if target not in targets:
+            yield ("aliases", name), f"there is no model or group {target!r}; {suggestion(target, targets)}"
+
+
+def _models_named(document: PolicyDocument) -> Iterator[tuple[Loc, str]]:
+    yield from ((("models", name), name) for name in document.models)
+    for name, group in document.groups.items():
+        yield from ((("groups", name, "models", index), model) for index, model in enumerate(group.models))
+    for name, models in document.fallbacks.items():
+        yield ("fallbacks", name), name
+        yield from ((("fallbacks", name, index), model) for index, model in enumerate(models))
+
+
+# ----------------------------------------------------------------------------------------------------------- predictors
+
+
+class PredictorUnusable(ArtefactError):
+    """A predictor that a document names cannot be used on this machine; `loc` is where the document names it."""
+
+    def __init__(self, loc: Loc, message: str) -> None:
+        super().__init__(f"{yaml_text.path_text(loc)}: {message}")
+        self.loc = loc
+        self.reason = message
+
+
+def load_predictors(document: PolicyDocument, folder: Path) -> dict[str, Predictor]:
+    """The predictor of every group that has one, by the group's name. Relative paths are below `folder`.
+
+    Raises PredictorUnusable. Blocking: some tens of milliseconds each.
+    """
+    predictors: dict[str, Predictor] = {}
+    for name, group in document.groups.items():
+        file = group.right_size.predictor if group.right_size else None
+        if file is not None:
+            try:
+                predictors[name] = _load_predictor(file, folder / file.path)
+            except ArtefactError as error:
+                raise PredictorUnusable(("groups", name, "right_size", "predictor"), error.message) from None
+    return predictors
+
+
+def _load_predictor(file: PredictorFile, folder: Path) -> Predictor:
+    predictor = Predictor.load(folder)
+    found = hashlib.sha256((folder / "predictor.json").read_bytes()).hexdigest()
+    if found != file.sha256:
+        raise ArtefactError(f"the predictor there has the sha256 {found}, not {file.sha256}")
+    return predictor
+
+
+def with_lines(text: str, name: str, error: PredictorUnusable) -> DocumentError:
+    """The same refusal with the line at which `text`, a valid document, names the predictor."""
+    return yaml_text.read(text, name).explain([(error.loc, error.reason)])
+
+
+# --------------------------------------------------------------------------------------------------------------- canary
+
+
+def serves(key_id: str, share: float, salt: str) -> bool:
+    """Whether a key is among the first `share` of all keys. A larger share of the same salt only adds keys.
+
+    Stable everywhere and for ever: blake2b-64 of salt and id against the share of its range.
+    """
+    return serves_below(key_id, salt.encode(), threshold(share))
+
+
+def threshold(share: float) -> int:
+    return math.ceil(share * 2**64)
+
+
+def serves_below(key_id: str, salt: bytes, limit: int) -> bool:
+    """`serves` with its constants worked out once: a microsecond."""
+    return int.from_bytes(hashlib.blake2b(key_id.encode(), digest_size=8, key=salt).digest(), "big") < limit
+
+
+# ------------------------------------------------------------------------------------------------ schema and difference
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema for editors; keys that are not supported yet are there, and nothing is valid below them."""
+    document = PolicyDocument.model_json_schema()
+    definitions = document["$defs"]
+    for key in sorted(NOT_YET):
+        section, _, field = key.partition(".")
+        holder = document if section == PolicyDocument.__name__ else definitions[section]
+        holder["properties"][field] = {"description": "Not supported yet.", "not": {}}
+    used = _referenced(document)
+    document["$defs"] = {name: definitions[name] for name in sorted(definitions) if name in used}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **document, "title": "Signalbox policy document"}
+
+
+def _referenced(schema: Mapping[str, Any]) -> set[str]:
+    """Names of the definitions that can be reached from the document."""
+    found: set[str] = set()
+    ahead: list[Any] = [{key: value for key, value in schema.items() if key != "$defs"}]
+    while ahead:
+        part = ahead.pop()
+        if isinstance(part, Mapping):
+            name = str(part.get("$ref", "")).rpartition("/")[2]
+            if name and name not in found:
+                found.add(name)
+                ahead.append(schema["$defs"][name])
+            ahead += part.values()
+        elif isinstance(part, list):
+            ahead += part
+    return found
+
+
+def changes(before: str, after: str) -> list[str]:
+    """What differs between two normalised documents: one line per path, "- " gone, "+ " new, "~ " changed."""
+    old, new = dict(_leaves(json.loads(before), ())), dict(_leaves(json.loads(after), ()))
+    return [line for loc in sorted({*old, *new}, key=yaml_text.path_text) for line in _change(loc, old, new)]
+
+
+def _change(loc: Loc, old: Mapping[Loc, str], new: Mapping[Loc, str]) -> Iterable[str]:
+    path = yaml_text.path_text(loc)
+    if loc not in new:
+        return [f"- {path}: {old[loc]}"]
+    if loc not in old:
+        return [f"+ {path}: {new[loc]}"]
+    return [f"~ {path}: {old[loc]} -> {new[loc]}"] if old[loc] != new[loc] else []
+
+
+def _leaves(value: Any, loc: Loc) -> Iterator[tuple[Loc, str]]:
+    if isinstance(value, dict) and (value or not loc):
+        for key, inner in value.items():
+            yield from _leaves(inner, (*loc, key))
+    else:
+        yield loc, json.dumps(value, ensure_ascii=False)
