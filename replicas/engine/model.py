@@ -1,13 +1,6 @@
-"""The decoder: embeddings, attention and SwiGLU layers, head. Plain tensors, no modules, no state between steps.
+"""The decoder: a model's weights on one device, and the function from a step's tokens to logits.
 
-One step's tensors through one layer (T tokens, Hq query and Hk KV heads of size D, F inner units):
-
-    x [T, H] ─ norm ─ qkv ─ [T, (Hq + 2 Hk) D] ─ (norm per head) ─ rope ─ attention over the paged cache ─ o ─┐
-    residual ─────────────────────────────────────────────────────────────────────────────────────────────── + ─┐
-                                                 norm ─ gate_up [T, 2F] ─ silu(gate) · up ─ down ─────────── + ─▶
-
-The residual is added inside the next norm (`Ops.add_rms_norm`). The decoder knows neither requests nor block tables;
-how a product or an attention is computed is the business of `Ops` and `Attention`.
+Embeddings, layers (stack.py), head. Knows neither requests nor block tables.
 """
 
 from __future__ import annotations
@@ -15,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -26,20 +18,8 @@ from replicas.engine.batch import StepBatch
 from replicas.engine.config import EngineConfig
 from replicas.engine.model_config import ModelConfig
 from replicas.engine.ops import Linear, Ops
+from replicas.engine.stack import Layer, Weights, choose_stack
 from replicas.engine.weights import Checkpoint, open_checkpoint
-
-
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    input_norm: Tensor
-    qkv: Linear
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    o: Linear
-    post_norm: Tensor
-    gate_up: Linear
-    down: Linear
-    window: int | None
 
 
 class Decoder:
@@ -62,19 +42,18 @@ class Decoder:
         self.device, self.dtype, self.revision = device, dtype, checkpoint.revision
         self.num_layers, self.num_kv_heads, self.head_dim = config.num_layers, config.num_kv_heads, config.head_dim
         self.max_model_len = config.model_len(max_model_len)
-        self._ops, self._attention = ops, attention
-        self._scale = 1.0 / math.sqrt(config.head_dim)
         with torch.inference_mode(), _one_thread():
             loader = _Loader(checkpoint, ops, device, dtype)
-            self._layers = [loader.layer(index) for index in range(config.num_layers)]
-            self._norm = loader.tensor("model.norm.weight")
+            layers = [loader.layer(index) for index in range(config.num_layers)]
+            final_norm = loader.tensor("model.norm.weight")
             if config.tie_word_embeddings:  # one copy, in the layout that the head's product wants
                 self._head = loader.linear(["model.embed_tokens"], bias=False)
                 self._embed = self._head.rows
             else:
                 self._head = loader.linear(["lm_head"], bias=False)
                 self._embed = partial(_rows, loader.tensor("model.embed_tokens.weight"))
-            self._cos_sin = rope_table(config, self.max_model_len).to(device)
+            cos_sin = rope_table(config, self.max_model_len).to(device)
+        self._stack = choose_stack(Weights(layers, final_norm, cos_sin), config, ops, attention)
         self.weight_bytes = loader.bytes_read
 
     @classmethod
@@ -91,32 +70,10 @@ class Decoder:
     def forward(self, batch: StepBatch, caches: Sequence[LayerCache]) -> Tensor:
         """Write every token's keys and values to `caches` (one a layer) and return logits, float32 [R, V], of
         batch.logits_rows."""
-        ops, eps = self._ops, self.config.rms_norm_eps
-        residual = self._embed(batch.token_ids)
-        x = ops.rms_norm(residual, self._layers[0].input_norm, eps)
-        for index, (layer, cache) in enumerate(zip(self._layers, caches, strict=True)):
-            if index:
-                x, residual = ops.add_rms_norm(x, residual, layer.input_norm, eps)
-            x = self._attend(layer, x, cache, batch)
-            if index == self.num_layers - 1:
-                # All keys and values are written: only rows whose logits are wanted need to go on.
-                if not batch.logits_rows.numel():
-                    return torch.empty(0, self.config.vocab_size, device=self.device)
-                x, residual = x[batch.logits_rows], residual[batch.logits_rows]
-            x, residual = ops.add_rms_norm(layer.o(x), residual, layer.post_norm, eps)
-            x = layer.down(ops.silu_mul(layer.gate_up(x)))
-        x, _ = ops.add_rms_norm(x, residual, self._norm, eps)
+        x = self._stack(self._embed(batch.token_ids), batch, caches)
+        if not len(x):
+            return torch.empty(0, self.config.vocab_size, device=self.device)
         return self._head(x).float()
-
-    def _attend(self, layer: _Layer, x: Tensor, cache: LayerCache, batch: StepBatch) -> Tensor:
-        config, eps = self.config, self.config.rms_norm_eps
-        q, k, v = torch.split(layer.qkv(x), [config.q_size, config.kv_size, config.kv_size], dim=-1)
-        q, k, v = (part.view(len(x), -1, config.head_dim) for part in (q, k, v))
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q = self._ops.rms_norm(q.contiguous(), layer.q_norm, eps)
-            k = self._ops.rms_norm(k.contiguous(), layer.k_norm, eps)
-        q, k = self._ops.rope(q, k, self._cos_sin, batch.positions)
-        return self._attention(q, k, v, cache, batch, scale=self._scale, window=layer.window).flatten(1)
 
 
 @contextmanager
@@ -162,10 +119,10 @@ class _Loader:
         self.bytes_read += fused.nbytes
         return fused
 
-    def layer(self, index: int) -> _Layer:
+    def layer(self, index: int) -> Layer:
         config, prefix = self._checkpoint.config, f"model.layers.{index}."
         attention = prefix + "self_attn."
-        return _Layer(
+        return Layer(
             input_norm=self.tensor(prefix + "input_layernorm.weight"),
             qkv=self.linear([f"{attention}{name}_proj" for name in "qkv"], bias=config.qkv_bias),
             q_norm=self.tensor(attention + "q_norm.weight") if config.qk_norm else None,

@@ -15,10 +15,13 @@ from replicas.engine.attention import LayerCache, TorchAttention, choose_attenti
 from replicas.engine.batch import StepBatch
 from replicas.engine.config import EngineConfig
 from replicas.engine.model import Decoder
+from replicas.engine.native.ops import NativeOps
+from replicas.engine.native.paged import NativeAttention
 from replicas.engine.ops import TorchOps, choose_ops
 from replicas.engine.reference import Reference
 from replicas.engine.weights import open_checkpoint
 from replicas.protocol import ConfigError
+from tests.engine.native_builds import kernels, needs_compiler
 
 BLOCK_SIZE = 4
 LLAMA3_ROPE = {
@@ -173,6 +176,29 @@ def test_logits_equal_transformers_and_the_oracle_in_one_piece_and_in_chunks(kin
         paged = Paged(decoder, 1)
         pieces = [paged.step([(0, ids[begin:end])]) for begin, end in ((0, 5), (5, 6), (6, 23), (23, 24), (24, 41))]
         torch.testing.assert_close(torch.cat(pieces), expected, atol=1e-4, rtol=1e-4)
+
+
+class OneCallEach(NativeOps):
+    name = "native kernels, one call each"  # a name that `choose_stack` does not take for a native stack
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", MODELS)
+def test_one_call_for_all_layers_gives_the_bits_of_one_call_each(kind: str, save: Save) -> None:
+    _, folder = save(kind)
+    config, cpu, attention = EngineConfig(model=str(folder)), torch.device("cpu"), NativeAttention(kernels("native"))
+    fused = Decoder.load(config, NativeOps(kernels("native")), attention, cpu, torch.float32)
+    plain = Decoder.load(config, OneCallEach(kernels("native")), attention, cpu, torch.float32)
+    assert type(fused._stack) is not type(plain._stack)
+    pair = [Paged(decoder, 4) for decoder in (fused, plain)]
+    a, b, c = tokens(20, 1), tokens(30, 2), tokens(9, 3)
+    for pieces, rows in (
+        ([(0, a[:19]), (2, b[:11])], []),
+        ([(2, b[11:30]), (0, a[19:]), (3, c)], [18, 19, 28]),
+        ([(3, [5]), (0, [6])], None),
+    ):
+        got, expected = (paged.step(pieces, rows) for paged in pair)
+        assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("kind", ["llama 3 rope", "mistral window", "qwen3"])

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "gemm.h"
+#include "kernels.h"
 #include "team.h"
 
 namespace sb {
@@ -28,21 +29,6 @@ constexpr int64_t CHUNK = 256;
 constexpr int64_t TILE_ROWS = 96;
 constexpr int KEY_PANELS = KEYS / PANEL;
 constexpr float NOTHING = -INFINITY;
-
-struct Batch {
-    const int64_t* slot_mapping;
-    const int32_t* query_start;
-    const int32_t* context_lens;
-    const int32_t* block_tables;
-    int64_t block_table_ld, sequences, tokens;
-};
-
-struct Shape {
-    int64_t block_size, block_stride, q_heads, kv_heads, head_dim;
-    int64_t window;  // 0: none
-    float scale;
-    int threads;
-};
 
 // Rows of a projection: token t, head h starts at data + t * row + h * head.
 struct Rows {

@@ -7,7 +7,7 @@
 #include <malloc.h>
 #endif
 
-#include "simd.h"
+#include "kernels.h"
 #include "team.h"
 
 namespace sb {
@@ -78,6 +78,16 @@ SB_EXPORT void sb_rms_norm(const float* x, float* add, const float* weight, floa
 #pragma omp parallel for num_threads(Team(threads).size()) if (rows * width > PARALLEL_FLOATS)
     for (int64_t r = 0; r < rows; r++)
         rms_norm_row(x + r * width, add ? add + r * width : nullptr, weight, eps, width, out + r * width);
+}
+
+SB_EXPORT void sb_norm_heads(float* x, int64_t tokens, int64_t row, int64_t heads, int64_t head_dim, const float* weight,
+                             float eps, int threads) {
+#pragma omp parallel for num_threads(Team(threads).size()) if (tokens * heads * head_dim > PARALLEL_FLOATS)
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t h = 0; h < heads; h++) {
+            float* head = x + t * row + h * head_dim;
+            rms_norm_row(head, nullptr, weight, eps, head_dim, head);
+        }
 }
 
 SB_EXPORT void sb_rope(float* q, int64_t q_row, int64_t q_head, int64_t q_heads, float* k, int64_t k_row,

@@ -8,6 +8,7 @@
 // on the other rows.
 
 #include "gemm.h"
+#include "kernels.h"
 #include "team.h"
 
 #include <algorithm>
@@ -22,12 +23,6 @@ namespace {
 
 constexpr int64_t DEPTH = 640;      // rows of a panel that stay close (L1, L2) while row blocks pass over them
 constexpr int64_t ROW_CHUNK = 168;  // rows of x whose DEPTH slice stays in L2 (a multiple of 6, 12 and 14)
-
-struct Linear {
-    const float* packed;
-    const float* bias;  // padded to whole panels, or null
-    int64_t n, k;
-};
 
 struct Call {
     const Linear& w;

@@ -8,13 +8,13 @@ from pathlib import Path
 
 
 class LinearWeights(ctypes.Structure):
-    """`Linear` in gemm.cpp. packed: ceil(n / panel) panels of [k][panel]; bias: padded to whole panels, or None."""
+    """`Linear` in kernels.h. packed: ceil(n / panel) panels of [k][panel]; bias: padded to whole panels, or None."""
 
     _fields_ = (("packed", c_void_p), ("bias", c_void_p), ("n", c_int64), ("k", c_int64))
 
 
 class AttentionBatch(ctypes.Structure):
-    """`Batch` in attention.cpp: pointers into a StepBatch."""
+    """`Batch` in kernels.h: pointers into a StepBatch."""
 
     _fields_ = (
         ("slot_mapping", c_void_p),
@@ -28,7 +28,7 @@ class AttentionBatch(ctypes.Structure):
 
 
 class AttentionShape(ctypes.Structure):
-    """`Shape` in attention.cpp; window 0 means none, block_stride is in floats."""
+    """`Shape` in kernels.h; window 0 means none, block_stride is in floats."""
 
     _fields_ = (
         ("block_size", c_int64),
@@ -39,6 +39,26 @@ class AttentionShape(ctypes.Structure):
         ("window", c_int64),
         ("scale", c_float),
         ("threads", c_int),
+    )
+
+
+class StackLayer(ctypes.Structure):
+    """`Layer` in stack.cpp; q_norm and k_norm may be None, window 0 means none."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("input_norm", "q_norm", "k_norm", "post_norm")),
+        *((name, c_void_p) for name in ("qkv", "o", "gate_up", "down")),
+        *(("keys", c_void_p), ("values", c_void_p), ("window", c_int64)),
+    )
+
+
+class StackWeights(ctypes.Structure):
+    """`Stack` in stack.cpp."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("layers", "final_norm", "cos_sin")),
+        *((name, c_int64) for name in ("num_layers", "hidden", "inner")),
+        ("eps", c_float),
     )
 
 
@@ -66,6 +86,11 @@ class Library:
             *(c_void_p, c_int64, c_int64) * 3,
             *(c_void_p,) * 3,
         )
+        self.stack = long.sb_stack
+        self.stack.argtypes = (
+            *(POINTER(StackWeights), POINTER(AttentionBatch), POINTER(AttentionShape)),
+            *(c_void_p, c_void_p, c_void_p, c_int64, c_void_p),
+        )
         self.rms_norm = short.sb_rms_norm
         self.rms_norm.argtypes = (c_void_p, c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p, c_int)
         self.rope = short.sb_rope
@@ -77,6 +102,7 @@ class Library:
             self.linear,
             self.unpack_rows,
             self.attention,
+            self.stack,
             self.rms_norm,
             self.rope,
             self.silu_mul,

@@ -47,6 +47,7 @@ class NativeLinear:
             self.in_features,
         )
         self._pointer = ctypes.pointer(self._weights)
+        self.address = ctypes.addressof(self._weights)  # of the kernels' `Linear`, valid while this object lives
         self._linear = library.linear
 
     def __call__(self, x: Tensor) -> Tensor:

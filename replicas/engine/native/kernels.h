@@ -1,0 +1,50 @@
+// What the kernels' sources offer to Python and to one another. Every function brings its own team of threads.
+#pragma once
+
+#include "simd.h"
+
+namespace sb {
+
+struct Linear {
+    const float* packed;  // see gemm.cpp
+    const float* bias;    // padded to whole panels, or null
+    int64_t n, k;
+};
+
+// A step's sequences laid end to end: StepBatch in batch.py.
+struct Batch {
+    const int64_t* slot_mapping;
+    const int32_t* query_start;
+    const int32_t* context_lens;
+    const int32_t* block_tables;
+    int64_t block_table_ld, sequences, tokens;
+};
+
+struct Shape {
+    int64_t block_size, block_stride, q_heads, kv_heads, head_dim;
+    int64_t window;  // 0: none
+    float scale;
+    int threads;
+};
+
+}  // namespace sb
+
+SB_EXPORT void sb_linear(const sb::Linear* w, const float* x, int64_t x_ld, float* y, int64_t m, int threads);
+
+SB_EXPORT void sb_attention(const sb::Batch* batch, const sb::Shape* shape, const float* q, int64_t q_row, int64_t q_head,
+                            const float* k, int64_t k_row, int64_t k_head, const float* v, int64_t v_row, int64_t v_head,
+                            float* keys, float* values, float* out);
+
+// `add` (may be null) is updated to x + add first. `out` may be x.
+SB_EXPORT void sb_rms_norm(const float* x, float* add, const float* weight, float eps, int64_t rows, int64_t width,
+                           float* out, int threads);
+
+// The heads of one projection, each normalised in place; rows of a token's heads are `row` floats apart.
+SB_EXPORT void sb_norm_heads(float* x, int64_t tokens, int64_t row, int64_t heads, int64_t head_dim, const float* weight,
+                             float eps, int threads);
+
+SB_EXPORT void sb_rope(float* q, int64_t q_row, int64_t q_head, int64_t q_heads, float* k, int64_t k_row,
+                       int64_t k_head, int64_t k_heads, const float* cos_sin, const int64_t* positions, int64_t tokens,
+                       int64_t head_dim, int threads);
+
+SB_EXPORT void sb_silu_mul(const float* gate_up, int64_t rows, int64_t width, float* out, int threads);

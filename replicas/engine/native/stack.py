@@ -1,0 +1,89 @@
+"""All layers of a decoder in one foreign call: CPU, float32."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from replicas.engine.attention import LayerCache
+from replicas.engine.batch import StepBatch
+from replicas.engine.model_config import ModelConfig
+from replicas.engine.native.library import AttentionBatch, AttentionShape, Library, StackLayer, StackWeights
+from replicas.engine.native.ops import NativeLinear
+from replicas.engine.native.paged import describe_batch, describe_cache
+from replicas.engine.ops import Linear
+from replicas.engine.stack import Layer, Weights
+
+
+class NativeStack:
+    """See `replicas.engine.stack.Stack` for the contract; not for two threads at once."""
+
+    def __init__(self, library: Library, weights: Weights, config: ModelConfig) -> None:
+        self._run = library.stack
+        self._weights = weights  # keeps alive what the structures below point to
+        self._hidden = config.hidden_size
+        self._layers = (StackLayer * len(weights.layers))(*map(_describe_layer, weights.layers))
+        for tensor in (weights.final_norm, weights.cos_sin):
+            assert tensor.dtype is torch.float32, f"native kernels compute in float32, got {tensor.dtype}"
+            assert tensor.is_contiguous(), "norm weights and rotary table must be contiguous"
+        self._stack = StackWeights(
+            ctypes.addressof(self._layers),
+            weights.final_norm.data_ptr(),
+            weights.cos_sin.data_ptr(),
+            len(weights.layers),
+            config.hidden_size,
+            config.intermediate_size,
+            config.rms_norm_eps,
+        )
+        self._shape = AttentionShape()
+        self._shape.q_heads, self._shape.scale = config.num_heads, 1.0 / math.sqrt(config.head_dim)
+        self._batch = AttentionBatch()
+        self._caches: Sequence[LayerCache] | None = None
+
+    def __call__(self, embeddings: Tensor, batch: StepBatch, caches: Sequence[LayerCache]) -> Tensor:
+        if caches is not self._caches:
+            self._use(caches)
+        describe_batch(batch, self._batch)
+        rows = batch.logits_rows
+        for name, tensor in (("positions", batch.positions), ("logits_rows", rows)):
+            assert tensor.dtype is torch.int64, f"{name} must be int64, got {tensor.dtype}"
+            assert tensor.is_contiguous(), f"{name} must be contiguous"
+        assert embeddings.shape == (len(batch.positions), self._hidden), f"embeddings of shape {embeddings.shape}"
+        assert embeddings.dtype is torch.float32, f"native kernels compute in float32, got {embeddings.dtype}"
+        assert embeddings.is_contiguous(), "embeddings must be contiguous"
+        self._shape.threads = torch.get_num_threads()
+        out = torch.empty((len(rows), self._hidden))
+        self._run(
+            *(ctypes.byref(part) for part in (self._stack, self._batch, self._shape)),
+            *(batch.positions.data_ptr(), embeddings.data_ptr(), rows.data_ptr(), len(rows), out.data_ptr()),
+        )
+        return out
+
+    def _use(self, caches: Sequence[LayerCache]) -> None:
+        for layer, cache in zip(self._layers, caches, strict=True):
+            describe_cache(cache, self._shape)
+            layer.keys, layer.values = cache.keys.data_ptr(), cache.values.data_ptr()
+        stride = caches[0].keys.stride()
+        assert all(cache.keys.stride() == stride for cache in caches), "all layers' caches have the same strides"
+        self._caches = caches
+
+
+def _describe_layer(layer: Layer) -> StackLayer:
+    def linear(held: Linear) -> int:
+        assert isinstance(held, NativeLinear), f"a native stack takes native linear layers, got {type(held).__name__}"
+        return held.address
+
+    def norm(weight: Tensor | None) -> int | None:
+        assert weight is None or (weight.dtype is torch.float32 and weight.is_contiguous()), "norm weights: float32"
+        return None if weight is None else weight.data_ptr()
+
+    assert (layer.q_norm is None) == (layer.k_norm is None), "queries and keys are normed both or not at all"
+    return StackLayer(
+        *(norm(layer.input_norm), norm(layer.q_norm), norm(layer.k_norm), norm(layer.post_norm)),
+        *(linear(layer.qkv), linear(layer.o), linear(layer.gate_up), linear(layer.down)),
+        *(None, None, layer.window or 0),
+    )
