@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Column, Float, Integer, LargeBinary, MetaData, String, Table, Text
+from sqlalchemy import BigInteger, Column, Float, Index, Integer, LargeBinary, MetaData, String, Table, Text, text
 
 metadata = MetaData()
 
@@ -110,4 +110,114 @@ admin_tokens = Table(
     Column("hint", String(16), nullable=False),
     Column("created_at", Float, nullable=False),
     Column("revoked_at", Float),
+)
+
+# ---------------------------------------------------------------- ledger (gateway/ledger): usd columns are pico-dollars
+
+# One row per account (a budget's scope and window, see policies.budget) and window; id is "account@starts". It carries
+# the caps and alerts that the last reservation brought, for those who settle without knowing the policy. `alerted` is
+# the highest alert, in basis points, that was raised in this window.
+ledger_accounts = Table(
+    "ledger_accounts",
+    metadata,
+    Column("id", String(1100), primary_key=True),
+    Column("account", String(1024), nullable=False),
+    Column("starts", BigInteger, nullable=False),
+    Column("ends", BigInteger, index=True),
+    Column("spent_usd", BigInteger, nullable=False),
+    Column("spent_tokens", BigInteger, nullable=False),
+    Column("reserved_usd", BigInteger, nullable=False),
+    Column("reserved_tokens", BigInteger, nullable=False),
+    Column("overrun_usd", BigInteger, nullable=False),
+    Column("overrun_tokens", BigInteger, nullable=False),
+    Column("cap_usd", BigInteger),
+    Column("cap_tokens", BigInteger),
+    Column("alerts", String(256), nullable=False),
+    Column("webhook", Text),
+    Column("alerted", Integer, nullable=False),
+)
+
+# One row per attempt of a request. `state` is open, settled or released and leaves "open" once. `holds` is JSON: the
+# accounts and gates that an open row has something reserved in. `source` says where the usage came from.
+ledger_requests = Table(
+    "ledger_requests",
+    metadata,
+    Column("id", String(192), primary_key=True),
+    Column("gateway_id", String(64), nullable=False),
+    Column("state", String(8), nullable=False),
+    Column("key", String(256), nullable=False),
+    Column("team", String(256), nullable=False),
+    Column("model", String(256), nullable=False),
+    Column("prompt_tokens", BigInteger, nullable=False),
+    Column("max_tokens", BigInteger, nullable=False),
+    Column("price_input", BigInteger, nullable=False),
+    Column("price_cached", BigInteger, nullable=False),
+    Column("price_output", BigInteger, nullable=False),
+    Column("price_request", BigInteger, nullable=False),
+    Column("reserved_usd", BigInteger, nullable=False),
+    Column("reserved_tokens", BigInteger, nullable=False),
+    Column("holds", Text, nullable=False),
+    Column("began_at", Float, nullable=False),
+    Column("ended_at", Float, index=True),
+    Column("cached_tokens", BigInteger, nullable=False),
+    Column("completion_tokens", BigInteger, nullable=False),
+    Column("cost_usd", BigInteger, nullable=False),
+    Column("overrun_usd", BigInteger, nullable=False),
+    Column("estimated", Integer, nullable=False),
+    Column("source", String(16), nullable=False),
+    Index(
+        "ix_ledger_requests_open",
+        "gateway_id",
+        sqlite_where=text("state = 'open'"),
+        postgresql_where=text("state = 'open'"),
+    ),
+)
+
+# Totals by day ("2026-11-24"), and by month ("2026-11") for days long past.
+ledger_usage = Table(
+    "ledger_usage",
+    metadata,
+    Column("period", String(10), primary_key=True),
+    Column("key", String(256), primary_key=True),
+    Column("team", String(256), primary_key=True),
+    Column("model", String(256), primary_key=True),
+    Column("requests", BigInteger, nullable=False),
+    Column("estimated", BigInteger, nullable=False),
+    Column("prompt_tokens", BigInteger, nullable=False),
+    Column("cached_tokens", BigInteger, nullable=False),
+    Column("completion_tokens", BigInteger, nullable=False),
+    Column("cost_usd", BigInteger, nullable=False),
+)
+
+# The state behind a rate limit (policies.limits.Gate); id is the scope. `promises` is JSON.
+ledger_gates = Table(
+    "ledger_gates",
+    metadata,
+    Column("id", String(1024), primary_key=True),
+    Column("at_us", BigInteger, nullable=False),
+    Column("requests", BigInteger),
+    Column("tokens", BigInteger),
+    Column("in_flight", Integer, nullable=False),
+    Column("promises", Text, nullable=False),
+)
+
+# Who may hold reservations, and until when unless renewed.
+ledger_gateways = Table(
+    "ledger_gateways",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("lease_until", Float, nullable=False),
+)
+
+# Alerts that were raised. `next_at` is when to try the webhook (again); None when there is nothing left to do.
+ledger_events = Table(
+    "ledger_events",
+    metadata,
+    Column("id", String(1200), primary_key=True),
+    Column("created_at", Float, nullable=False),
+    Column("payload", Text, nullable=False),
+    Column("webhook", Text),
+    Column("attempts", Integer, nullable=False),
+    Column("next_at", Float, index=True),
+    Column("delivered_at", Float),
 )
