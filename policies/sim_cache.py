@@ -17,8 +17,8 @@ class BlockCache:
         self.num_blocks = num_blocks
         self.released = 0
         self._refs: dict[bytes, int] = {}
-        self._idle: OrderedDict[Key, None] = OrderedDict()  # nobody's blocks, the next to be evicted first
-        self._blank = num_blocks  # never used: ahead of all idle ones
+        self._idle: OrderedDict[Key, None] = OrderedDict()  # nobody's, still cached; the next to be evicted first
+        self._blank = num_blocks  # nobody's and not cached: taken ahead of all idle ones
         self._private = 0
         self._stored: list[bytes] = []
         self._parent = b""
@@ -68,14 +68,21 @@ class BlockCache:
                 blocks[number] = digest
                 self._emit(stored=digest, parent=hashes[number - 1] if number else root)
 
-    def release(self, blocks: Sequence[Key]) -> None:
-        """Let go of a sequence's blocks, the last first."""
-        for key in reversed(blocks):
+    def release(self, blocks: Sequence[Key], sampled: Sequence[int] = ()) -> None:
+        """Let go of a sequence's blocks, the last first.
+
+        sampled: which of them are full and hold sampled tokens; the engine caches these too, under hashes of no prompt.
+        """
+        for number in reversed(range(len(blocks))):
+            key = blocks[number]
             if isinstance(key, bytes):
                 self._refs[key] -= 1
                 if self._refs[key]:
                     continue
-            self._idle[key] = None
+            if isinstance(key, bytes) or number in sampled:
+                self._idle[key] = None
+            else:
+                self._blank += 1
             self.released += 1
 
     def take_events(self) -> list[KVEvent]:

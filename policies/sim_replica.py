@@ -243,21 +243,25 @@ class SimReplica:
         seq, _ = self.running.popitem()
         if seq in self._prefilling:
             self._prefilling.remove(seq)
+            written = seq.computed
         else:
             seq.known = seq.prompt_tokens + seq.output_tokens - (seq.ends - self.steps)
+            written = seq.known - 1
         self._dequeue(seq, seq.queued - seq.known)
+        self._release(seq, written)
         seq.computed = seq.stored = 0
         seq.life += 1
-        self.cache.release(seq.blocks)
-        seq.blocks = []
         self.waiting.appendleft(seq)
         self.num_preemptions += 1
 
     def _end(self, seq: SimSequence, result: StepResult) -> None:
         del self.running[seq]
-        self.cache.release(seq.blocks)
-        seq.blocks = []
+        self._release(seq, seq.prompt_tokens + seq.output_tokens - 1)  # the last token is never written
         result.done.append(seq)
+
+    def _release(self, seq: SimSequence, written: int) -> None:
+        self.cache.release(seq.blocks, range(len(seq.hashes), written // self.model.block_size))
+        seq.blocks = []
 
     def _steps_alike(self) -> int:
         """Decode steps until somebody ends or needs a block."""

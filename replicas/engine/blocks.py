@@ -7,8 +7,10 @@ A block is in one of three states:
     blank     refs == 0, no hash                in the free list
 
 The free list is a doubly linked list threaded through two int arrays (index num_blocks is the sentinel), so taking the
-head, returning to the tail and pulling a cached block out of the middle are all O(1). Its order is the LRU order:
-`release` returns a sequence's blocks tail first, so of one prefix the far end is evicted before the near end.
+head, returning to either end and pulling a cached block out of the middle are all O(1). Blank blocks come first, the
+last one returned foremost: its memory is warm, where one never used yet costs page faults on a CPU. Cached blocks
+follow in LRU order: `release` returns a sequence's blocks tail first, so of one prefix the far end is evicted before
+the near end.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ class BlockPool:
     # ---------------------------------------------------------------- taking and returning
 
     def allocate(self, count: int) -> list[int]:
-        """Take `count` blocks, least recently used first, evicting what they cached. Caller checked `num_free`."""
+        """Take `count` blocks: blank ones, then the least recently used, evicted. Caller checked `num_free`."""
         assert count <= self.num_free, f"asked for {count} blocks, {self.num_free} are free"
         taken = []
         for _ in range(count):
@@ -73,7 +75,7 @@ class BlockPool:
             assert block.refs > 0, f"block {block_id} released more often than held"
             block.refs -= 1
             if block.refs == 0:
-                self._link_last(block_id)
+                self._link(block_id, self._prev[self.num_blocks] if block.hash else self.num_blocks)
                 self.released += 1
 
     def is_shared(self, block_id: int) -> bool:
@@ -153,6 +155,8 @@ class BlockPool:
             if block.hash is not None:
                 assert self._cached.get(block.hash) == block_id, f"block {block_id} has a hash that leads elsewhere"
                 assert len(block.token_ids) == self.block_size, f"block {block_id} is cached but not full"
+        cached = [self._blocks[block_id].hash is not None for block_id in free]
+        assert cached == sorted(cached), "a blank block is behind a cached one"
         assert len(free) == self.num_free, f"{len(free)} blocks in the free list, {self.num_free} counted"
         assert sum(b.hash is not None for b in self._blocks) == len(self._cached), (
             "a cached hash leads to a blank block"
@@ -160,12 +164,13 @@ class BlockPool:
 
     # ---------------------------------------------------------------- the linked list
 
-    def _walk(self) -> set[int]:
-        seen: set[int] = set()
+    def _walk(self) -> dict[int, None]:
+        """The free list from its head."""
+        seen: dict[int, None] = {}
         block_id = self._next[self.num_blocks]
         while block_id != self.num_blocks:
             assert block_id not in seen, "the free list has a cycle"
-            seen.add(block_id)
+            seen[block_id] = None
             block_id = self._next[block_id]
         return seen
 
@@ -174,11 +179,11 @@ class BlockPool:
         self._next[before], self._prev[after] = after, before
         self.num_free -= 1
 
-    def _link_last(self, block_id: int) -> None:
-        end = self.num_blocks
-        last = self._prev[end]
-        self._next[last] = self._prev[end] = block_id
-        self._prev[block_id], self._next[block_id] = last, end
+    def _link(self, block_id: int, before: int) -> None:
+        """Into the list, right behind `before`: the sentinel makes it the head, the last block makes it the tail."""
+        after = self._next[before]
+        self._next[before] = self._prev[after] = block_id
+        self._prev[block_id], self._next[block_id] = before, after
         self.num_free += 1
 
     def _forget(self, block_id: int) -> None:

@@ -71,6 +71,19 @@ def test_eviction_takes_least_recently_released_and_tails_first() -> None:
     assert pool.match(ROOT, chain([7, 8], 1), [7, 8]) == new
 
 
+def test_blank_blocks_are_taken_before_cached_ones_and_used_ones_before_untouched_ones() -> None:
+    pool = BlockPool(6, 2)
+    cached, private = stored(pool, [1, 2, 3, 4]), pool.allocate(2)
+    pool.release(cached)
+    pool.release(private)
+    pool.check_integrity([])
+    assert pool.allocate(1) == private[:1]
+    assert len(pool.match(ROOT, chain([1, 2, 3, 4], 2), [1, 2, 3, 4])) == 2
+    assert set(pool.allocate(3)) == set(range(6)) - set(cached) - {private[0]}
+    assert len(pool.match(ROOT, chain([1, 2, 3, 4], 2), [1, 2, 3, 4])) == 2
+    assert pool.allocate(1) == cached[-1:]
+
+
 def test_events_tell_the_cache_in_order() -> None:
     pool = BlockPool(2, 1)
     blocks = stored(pool, [1, 2])
