@@ -1,0 +1,292 @@
+"""What a gateway serves by: follows the switches in the database and turns at the moment that they name.
+
+Every `poll_s` it asks for the sequence's value; when that has changed it reads the switches ahead, builds the
+generations they need (in a thread; requests go on), and reports which switch it is prepared for or why it refuses it.
+A committed switch is kept in a plan and taken at its moment by whoever comes first, a request or the poll. While
+something is pending it looks more often.
+
+A gateway that could not report for a whole lease is not waited for by publishers, so it stops answering by itself:
+Unavailable until it has read the database again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from sqlalchemy import Connection
+from sqlalchemy.exc import SQLAlchemyError
+
+from gateway import generations
+from gateway.db.database import Database
+from gateway.generations import COMMITTED, HEARTBEAT_S, LEASE_S, LiveGateway, StoredGeneration, Switch
+from policies.document import (
+    DEFAULT_SALT,
+    FleetNames,
+    PolicyDocument,
+    PredictorUnusable,
+    parse,
+    serves_below,
+    threshold,
+    with_lines,
+)
+from replicas.protocol import ConfigError, SignalboxError, Unavailable
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Compile = Callable[[int, PolicyDocument], T]
+
+_PENDING_POLL_S = 0.02
+_NEVER = math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class Generation(Generic[T]):
+    """A generation as this gateway serves it; a request keeps the one it began with."""
+
+    number: int
+    document: PolicyDocument
+    compiled: T
+
+
+@dataclass(frozen=True, slots=True)
+class _Serving(Generic[T]):
+    """One switch, ready to decide by: a key below `limit` belongs to the canary."""
+
+    switch: int
+    at: float
+    active: Generation[T]
+    canary: Generation[T] | None
+    salt: bytes
+    limit: int
+
+
+class _Moved(Exception):
+    """Something was published between reading and signing on; the transaction is rolled back."""
+
+
+class PolicyFollower(Generic[T]):
+    """`compile` turns a document into what the gateway decides by; any error it raises refuses the generation.
+
+    names: what this gateway's fleet serves; documents that name anything else are refused.
+    """
+
+    def __init__(
+        self, database: Database, gateway_id: str, names: FleetNames, compile: Compile[T], *, poll_s: float = 0.1
+    ) -> None:
+        self._database = database
+        self._id = gateway_id
+        self._names = names
+        self._compile = compile
+        self._poll_s = poll_s
+        self._built: dict[int, Generation[T]] = {}
+        self._now: _Serving[T] | None = None
+        self._plan: list[_Serving[T]] = []
+        self._turn_at = _NEVER  # when the first of the plan is due
+        self._fresh_until = -_NEVER  # by the monotonic clock
+        self._version = -1
+        self._prepared = -1
+        self._refusal: str | None = None
+        self._proposed = False
+        self._served_at = 0.0
+        self._reported: tuple[int, str | None, int] | None = None
+        self._looking = asyncio.Lock()
+        self._poller: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Read what serves now and join the gateways; ConfigError when this gateway cannot serve it."""
+        while not await self._join():
+            pass
+        self._poller = asyncio.create_task(self._poll(), name="policy-poll")
+
+    async def aclose(self) -> None:
+        if self._poller is not None:
+            self._poller.cancel()
+            await asyncio.gather(self._poller, return_exceptions=True)
+        try:
+            await self._database.write(lambda connection: generations.sign_off(connection, self._id))
+        except SQLAlchemyError as error:  # its lease will run out
+            logger.warning("could not sign off: %s", type(error).__name__)
+
+    # ------------------------------------------------------------------------------------------------- for requests
+
+    @property
+    def stale(self) -> bool:
+        """Whether `generation_for` would refuse; then `await refresh()` first."""
+        return time.monotonic() > self._fresh_until
+
+    def generation_for(self, key_id: str) -> Generation[T]:
+        """The generation that a request of this key begins with, now. Unavailable while the database is unreachable."""
+        if time.time() >= self._turn_at:
+            self._turn()
+        if time.monotonic() > self._fresh_until:
+            raise Unavailable("policies cannot be checked at the moment", retry_after_s=1.0)
+        now = self._now
+        assert now is not None, "start() has returned"
+        if now.canary is not None and serves_below(key_id, now.salt, now.limit):
+            return now.canary
+        return now.active
+
+    async def refresh(self) -> None:
+        """Look at the database now; Unavailable when that fails."""
+        if not self.stale:
+            return
+        try:
+            await self._look(report=True)
+        except SQLAlchemyError as error:
+            logger.error("policies cannot be read: %s", type(error).__name__)
+        if self.stale:
+            raise Unavailable("policies cannot be checked at the moment", retry_after_s=1.0)
+
+    # -------------------------------------------------------------------------------------------------- keeping up
+
+    async def _join(self) -> bool:
+        """Build what is in the database; True when nothing has changed until the own row was there to be waited for."""
+        await self._catch_up()
+        version, beginning = self._version, time.monotonic()
+
+        def sign_on(connection: Connection) -> None:
+            # waits for a publisher that is just committing, and keeps the next one out
+            if generations.next_version(connection) != version + 1:
+                raise _Moved
+            generations.report(connection, self._row())
+
+        try:
+            await self._database.write(sign_on)
+        except _Moved:
+            return False
+        self._version = version + 1
+        self._fresh_until = beginning + LEASE_S
+        return True
+
+    async def _poll(self) -> None:
+        reported_at = time.monotonic()
+        while True:
+            pending = self._proposed or self._plan
+            await asyncio.sleep(min(_PENDING_POLL_S, self._poll_s) if pending else self._poll_s)
+            due = time.monotonic() - reported_at > HEARTBEAT_S
+            try:
+                if await self._look(report=due):
+                    reported_at = time.monotonic()
+            except SQLAlchemyError as error:
+                logger.error("policies cannot be read: %s", type(error).__name__)
+            except Exception:
+                logger.exception("policies cannot be followed")
+                await asyncio.sleep(HEARTBEAT_S)
+
+    async def _look(self, report: bool) -> bool:
+        """Read what has changed and turn if it is time; True when the own row was written."""
+        async with self._looking:
+            beginning = time.monotonic()
+            if await self._database.read(generations.version) != self._version:
+                await self._catch_up()
+            if time.time() >= self._turn_at:
+                self._turn()
+            state = (self._prepared, self._refusal, self._serving)
+            if not report and state == self._reported:
+                return False
+            row = self._row()
+            await self._database.write(lambda connection: generations.report(connection, row))
+            self._reported = state
+            self._fresh_until = beginning + LEASE_S
+            return True
+
+    async def _catch_up(self) -> None:
+        """Build what the switches ahead need and lay out the plan. ConfigError if what must serve cannot be built."""
+        version, switches, rows = await self._database.read(self._read)
+        plan: list[_Serving[T]] = []
+        refusal: str | None = None
+        for switch in switches:
+            try:
+                for number in switch.generations:
+                    if number not in self._built:
+                        self._built[number] = await asyncio.to_thread(self._build, rows[number])
+            except Exception as error:
+                refusal = _reason(error)
+                if switch.state == COMMITTED:
+                    self._fresh_until = -_NEVER  # it serves elsewhere already; nothing older may be served here
+                    raise ConfigError(f"policy generation {number} cannot be served here: {refusal}") from error
+                logger.warning("policy generation %d is refused: %s", number, refusal)
+                break
+            if switch.state == COMMITTED:
+                plan.append(self._ready(switch))
+        self._adopt(plan)
+        self._proposed = any(switch.state != COMMITTED for switch in switches)
+        self._prepared = max([switch.number for switch in switches], default=self._prepared)
+        self._refusal = refusal
+        self._version = version
+        wanted = {number for switch in switches for number in switch.generations} | self._kept()
+        self._built = {number: built for number, built in self._built.items() if number in wanted}
+
+    def _read(self, connection: Connection) -> tuple[int, list[Switch], dict[int, StoredGeneration]]:
+        """(version, the switch to serve by if there is a newer one, then those ahead; their generations not yet built).
+
+        What cannot be served any more because a later switch was due already is left out.
+        """
+        version = generations.version(connection)
+        base = generations.serving(connection, time.time())
+        ahead = generations.ahead(connection, base.number)
+        switches = [base, *ahead] if base.number > self._serving else ahead
+        wanted = {number for switch in switches for number in switch.generations} - self._built.keys()
+        return version, switches, generations.stored(connection, wanted) if wanted else {}
+
+    def _build(self, row: StoredGeneration) -> Generation[T]:
+        name = f"generation {row.number}"
+        document = parse(row.document, name, names=self._names)
+        try:
+            return Generation(row.number, document, self._compile(row.number, document))
+        except PredictorUnusable as error:
+            raise with_lines(row.document, name, error) from None
+
+    def _ready(self, switch: Switch) -> _Serving[T]:
+        assert switch.activate_at is not None, "it is committed"
+        active = self._built[switch.active]
+        if switch.canary is None:
+            return _Serving(switch.number, switch.activate_at, active, None, b"", 0)
+        canary = self._built[switch.canary]
+        salt = canary.document.canary.salt if canary.document.canary else DEFAULT_SALT
+        return _Serving(switch.number, switch.activate_at, active, canary, salt_bytes(salt), threshold(switch.share))
+
+    def _adopt(self, plan: list[_Serving[T]]) -> None:
+        """The plan replaces the one before; what is due is taken at once."""
+        self._turn()  # what was known in time is not late
+        self._plan = [serving for serving in plan if serving.switch > self._serving]
+        self._turn_at = self._plan[0].at if self._plan else _NEVER
+        if time.time() >= self._turn_at:
+            self._turn(learned_at=time.time())
+
+    def _turn(self, learned_at: float = 0.0) -> None:
+        """Take what is due. It counts from its own moment, or from when it was learned of if that was later."""
+        while self._plan and time.time() >= self._plan[0].at:
+            self._now = self._plan.pop(0)
+            self._served_at = max(self._now.at, learned_at)
+        self._turn_at = self._plan[0].at if self._plan else _NEVER
+
+    @property
+    def _serving(self) -> int:
+        return self._now.switch if self._now is not None else -1
+
+    def _kept(self) -> set[int]:
+        serving = [*([self._now] if self._now else []), *self._plan]
+        return {one.number for each in serving for one in (each.active, each.canary) if one is not None}
+
+    def _row(self) -> LiveGateway:
+        return LiveGateway(
+            id=self._id,
+            seen_at=time.time(),
+            names=self._names,
+            prepared=self._prepared,
+            refusal=self._refusal,
+            serving=self._serving,
+            served_at=self._served_at,
+        )
+
+
+def _reason(error: Exception) -> str:
+    return error.message if isinstance(error, SignalboxError) else f"{type(error).__name__}: {error}"

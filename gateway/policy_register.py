@@ -1,0 +1,398 @@
+"""Changes what serves: validate, publish, roll back, canary. Blocking, for command line and the admin API's threads.
+
+No two gateways may serve by different generations for longer than their clocks differ, so a change has two phases:
+
+    propose ──► every live gateway builds the generation and says so, or why it cannot
+            ──► commit with a moment a little ahead ──► every gateway turns at that moment
+    a refusal, or a gateway that is silent while it lives ──► the proposal is refused; everything is as it was
+
+A gateway that dies is waited for no longer than its lease; one that starts meanwhile reads the database. A proposal
+whose publisher dies expires. Every attempt leaves an audit row, in the transaction of the change itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from types import TracebackType
+from typing import TypeVar
+
+from sqlalchemy import Connection
+
+from gateway import generations
+from gateway.db.database import open_engine, reading
+from gateway.generations import (
+    COMMITTED,
+    LEASE_S,
+    PROPOSED,
+    REFUSED,
+    AuditEntry,
+    HistoryEntry,
+    LiveGateway,
+    PolicyConflict,
+    PublishRefused,
+    StoredGeneration,
+    Switch,
+)
+from policies.document import FleetNames, PolicyDocument, changes, parse
+from policies.yaml_text import DocumentError
+from replicas.protocol import InvalidRequest
+
+T = TypeVar("T")
+
+PREPARE_TIMEOUT_S = 15.0
+_LOOK_S = 0.01
+# The moment of a switch lies this far ahead, or as far as the gateways have just taken to answer if that is more.
+_LEAST_NOTICE_S, _MOST_NOTICE_S = 0.15, 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A change that is done. late_s: how long after its moment the last gateway learned of it; 0 is the rule.
+
+    unanswered: gateways that died, or have not confirmed yet, after the commit.
+    """
+
+    switch: Switch
+    diff: tuple[str, ...]
+    gateways: tuple[str, ...]
+    late_s: float
+    unanswered: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What a change wants, worked out inside the transaction that proposes it."""
+
+    active: int
+    canary: int | None = None
+    share: float = 0.0
+    new: StoredGeneration | None = None
+    diff: tuple[str, ...] = ()
+
+    @property
+    def target(self) -> int:
+        return self.active if self.canary is None else self.canary
+
+
+class PolicyRegister:
+    """The policies of one database. `names` is the fleet's to check documents against while no gateway lives.
+
+    Safe to use from several threads. Use as a context manager, or `close` it.
+    """
+
+    def __init__(self, database_url: str, *, names: FleetNames | None = None) -> None:
+        self._engine = open_engine(database_url)
+        self._names = names
+
+    def __enter__(self) -> PolicyRegister:
+        return self
+
+    def __exit__(self, *exc: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    # ------------------------------------------------------------------------------------------------------- looking
+
+    def validate(self, text: str, name: str = "policy") -> PolicyDocument:
+        """The document; DocumentError. Names are checked against every live gateway's fleet."""
+        gateways = self._read(lambda connection: generations.live_gateways(connection, time.time()))
+        document = parse(text, name, names=self._names if not gateways else None)
+        for names in {gateway.names for gateway in gateways}:
+            parse(text, name, names=names)
+        return document
+
+    def diff(self, text: str, name: str = "policy") -> list[str]:
+        """What the document would change of the active one."""
+        return changes(self.active().normalised, self.validate(text, name).normalised())
+
+    def compare(self, before: int, after: int) -> list[str]:
+        """What differs between two generations; UnknownGeneration."""
+        found = self._read(lambda connection: generations.stored(connection, (before, after)))
+        return changes(found[before].normalised, found[after].normalised)
+
+    def state(self) -> Switch:
+        """The newest committed switch."""
+        return self._read(generations.latest)
+
+    def active(self) -> StoredGeneration:
+        return self.show(self.state().active)
+
+    def show(self, number: int) -> StoredGeneration:
+        """One generation with its document; UnknownGeneration."""
+        return self._read(lambda connection: generations.stored(connection, (number,)))[number]
+
+    def history(self, limit: int = 50) -> list[HistoryEntry]:
+        return self._read(lambda connection: generations.history(connection, limit))
+
+    def audit(self, limit: int = 50, before: int | None = None) -> list[AuditEntry]:
+        return self._read(lambda connection: generations.audit_entries(connection, limit, before))
+
+    def gateways(self) -> list[LiveGateway]:
+        return self._read(lambda connection: generations.live_gateways(connection, time.time()))
+
+    # ------------------------------------------------------------------------------------------------------ changing
+
+    def publish(
+        self,
+        text: str,
+        *,
+        author: str,
+        why: str = "",
+        name: str = "policy",
+        canary: float | None = None,
+        parent: int | None = None,
+    ) -> Change:
+        """A new generation for everybody, or as a canary for a share of the keys.
+
+        canary: the share; by default what the document says of itself, and 1 is everybody. parent: refuse with
+        PolicyConflict unless this generation is the active one. Raises DocumentError, PolicyConflict, PublishRefused.
+        """
+        _check_words(author, why)
+        try:
+            document = self.validate(text, name)
+        except DocumentError as error:
+            self._note_refusal("publish", author, why, error.message)
+            raise
+        share = canary if canary is not None else document.canary.share if document.canary else 1.0
+        _check_share(share)
+
+        def plan(connection: Connection, now: Switch) -> _Plan:
+            if parent is not None and parent != now.active:
+                raise PolicyConflict(f"generation {now.active} is active, not {parent}", param="parent")
+            before = generations.stored(connection, (now.active,))[now.active]
+            new = StoredGeneration(
+                number=generations.next_generation(connection),
+                document=text,
+                normalised=document.normalised(),
+                sha256=hashlib.sha256(text.encode()).hexdigest(),
+                author=author,
+                created_at=time.time(),
+                note=why,
+                parent=now.active,
+            )
+            diff = tuple(changes(before.normalised, new.normalised))
+            if share < 1:
+                return _Plan(now.active, new.number, share, new, diff)
+            return _Plan(new.number, new=new, diff=diff)
+
+        return self._change("publish", author, why, plan)
+
+    def rollback(self, *, author: str, why: str = "", to: int | None = None) -> Change:
+        """Back to generation `to`; by default end the canary if there is one, else to the active one's parent."""
+
+        def plan(connection: Connection, now: Switch) -> _Plan:
+            current = generations.stored(connection, (now.active,))[now.active]
+            number = to
+            if number is None:
+                number = now.active if now.canary is not None else current.parent
+            if number is None:
+                raise InvalidRequest("there is nothing to roll back to: the first generation is active")
+            wanted = generations.stored(connection, (number,))[number]
+            return _Plan(number, diff=tuple(changes(current.normalised, wanted.normalised)))
+
+        return self._change("rollback", author, why, plan)
+
+    def promote(self, *, author: str, why: str = "", share: float | None = None) -> Change:
+        """The canary for everybody, or for another share of the keys."""
+        if share is not None:
+            _check_share(share)
+
+        def plan(connection: Connection, now: Switch) -> _Plan:
+            canary = _canary(now)
+            if share is not None and share < 1:
+                return _Plan(now.active, canary, share, diff=(f"~ share: {now.share:g} -> {share:g}",))
+            found = generations.stored(connection, (now.active, canary))
+            return _Plan(canary, diff=tuple(changes(found[now.active].normalised, found[canary].normalised)))
+
+        return self._change("promote", author, why, plan)
+
+    def cancel(self, *, author: str, why: str = "") -> Change:
+        """End the canary; the active generation serves everybody."""
+
+        def plan(_: Connection, now: Switch) -> _Plan:
+            return _Plan(now.active, diff=(f"- canary: {_canary(now)}",))
+
+        return self._change("cancel", author, why, plan)
+
+    # --------------------------------------------------------------------------------------------------- two phases
+
+    def _change(self, action: str, author: str, why: str, plan: Callable[[Connection, Switch], _Plan]) -> Change:
+        _check_words(author, why)
+        try:
+            proposal, made = self._write(lambda connection: _propose(connection, action, author, plan))
+        except (InvalidRequest, PolicyConflict, generations.UnknownGeneration) as error:
+            self._note_refusal(action, author, why, error.message)
+            raise
+        try:
+            committed = self._decide(proposal, made, why)
+        except BaseException as error:  # also Ctrl-C: the proposal must not stand in the way of the next one
+            reason = str(error) or type(error).__name__
+            self._write(lambda connection: _refuse(connection, proposal, made, why, reason))
+            raise
+        return self._await_served(committed, made)
+
+    def _decide(self, proposal: Switch, made: _Plan, why: str) -> Switch:
+        committed = None
+        while committed is None:  # None: a gateway has come meanwhile, and is waited for too
+            notice = min(max(_LEAST_NOTICE_S, self._await_prepared(proposal)), _MOST_NOTICE_S)
+            committed = self._write(partial(_commit, proposal=proposal, made=made, why=why, notice=notice))
+        return committed
+
+    def _await_prepared(self, proposal: Switch) -> float:
+        """Seconds that the live gateways took to prepare; PublishRefused."""
+        began = time.monotonic()
+        while waiting := self._unprepared(proposal):
+            if time.monotonic() - began > PREPARE_TIMEOUT_S:
+                raise PublishRefused(f"gateway {waiting[0]} did not answer within {PREPARE_TIMEOUT_S:g} s")
+            time.sleep(_LOOK_S)
+        return time.monotonic() - began
+
+    def _unprepared(self, proposal: Switch) -> list[str]:
+        gateways = self.gateways()
+        for gateway in gateways:
+            if gateway.prepared == proposal.number and gateway.refusal is not None:
+                raise PublishRefused(f"gateway {gateway.id} cannot serve it: {gateway.refusal}")
+        return [gateway.id for gateway in gateways if gateway.prepared < proposal.number]
+
+    def _await_served(self, committed: Switch, made: _Plan) -> Change:
+        assert committed.activate_at is not None, "it was committed"
+        give_up = committed.activate_at + 2 * LEASE_S
+        everybody: dict[str, LiveGateway] = {}
+        while True:
+            everybody |= {gateway.id: gateway for gateway in self.gateways()}
+            alive = time.time() - LEASE_S
+            late = [one.id for one in everybody.values() if one.serving < committed.number]
+            if not any(everybody[one].seen_at > alive for one in late) or time.time() > give_up:
+                break
+            time.sleep(_LOOK_S)
+        served = [one for one in everybody.values() if one.serving == committed.number]
+        late_s = max((one.served_at - committed.activate_at for one in served), default=0.0)
+        remaining = committed.activate_at - time.time()
+        if remaining > 0:
+            time.sleep(remaining)
+        return Change(committed, made.diff, tuple(sorted(everybody)), max(0.0, late_s), tuple(sorted(late)))
+
+    def _note_refusal(self, action: str, author: str, why: str, reason: str) -> None:
+        self._write(
+            lambda connection: generations.audit(
+                connection, actor=author, action=action, target="", why=why, outcome="refused", detail=reason
+            )
+        )
+
+    def _read(self, query: Callable[[Connection], T]) -> T:
+        with reading(self._engine).begin() as connection:
+            return query(connection)
+
+    def _write(self, change: Callable[[Connection], T]) -> T:
+        with self._engine.begin() as connection:
+            return change(connection)
+
+
+def _propose(
+    connection: Connection, action: str, author: str, plan: Callable[[Connection, Switch], _Plan]
+) -> tuple[Switch, _Plan]:
+    number = generations.next_version(connection)
+    now, at = generations.latest(connection), time.time()
+    for open_one in generations.ahead(connection, now.number):
+        if open_one.expires_at > at:
+            raise PolicyConflict(f"{open_one.author} is changing the policy at this moment ({open_one.action})")
+        _abandon(connection, open_one)
+    made = plan(connection, now)
+    if made.new is not None:
+        generations.add(connection, made.new)
+    proposal = Switch(
+        number=number,
+        active=made.active,
+        canary=made.canary,
+        share=made.share,
+        action=action,
+        author=author,
+        proposed_at=at,
+        expires_at=at + PREPARE_TIMEOUT_S + LEASE_S,
+        activate_at=None,
+        state=PROPOSED,
+    )
+    generations.propose(connection, proposal)
+    return proposal, made
+
+
+def _abandon(connection: Connection, proposal: Switch) -> None:
+    generations.settle(connection, proposal.number, REFUSED)
+    generations.audit(
+        connection,
+        actor=proposal.author,
+        action=proposal.action,
+        target=_target(proposal),
+        why="",
+        outcome="failed",
+        detail="whoever proposed it ended before it was decided",
+    )
+
+
+def _refuse(connection: Connection, proposal: Switch, made: _Plan, why: str, reason: str) -> None:
+    generations.next_version(connection)
+    if generations.switch(connection, proposal.number).state != PROPOSED:
+        return  # it had expired and somebody else has said so
+    generations.settle(connection, proposal.number, REFUSED)
+    _note(connection, proposal, made, why, outcome="failed", detail=reason)
+
+
+def _commit(connection: Connection, proposal: Switch, made: _Plan, why: str, notice: float) -> Switch | None:
+    """The committed switch; None when a gateway that has come meanwhile is not prepared. PublishRefused if too late."""
+    generations.next_version(connection)
+    at = time.time()
+    if generations.switch(connection, proposal.number).state != PROPOSED or at > proposal.expires_at:
+        raise PublishRefused("it took too long and was given up")
+    gateways = generations.live_gateways(connection, at)
+    if any(gateway.prepared < proposal.number for gateway in gateways):
+        return None
+    before = generations.latest(connection).activate_at or 0.0
+    moment = max(at + notice if gateways else at, before)
+    generations.settle(connection, proposal.number, COMMITTED, moment)
+    _note(connection, proposal, made, why)
+    return replace(proposal, state=COMMITTED, activate_at=moment)
+
+
+def _note(
+    connection: Connection, proposal: Switch, made: _Plan, why: str, outcome: str = "done", detail: str = ""
+) -> None:
+    generations.audit(
+        connection,
+        actor=proposal.author,
+        action=proposal.action,
+        target=_target(proposal),
+        why=why,
+        diff=made.diff,
+        outcome=outcome,
+        detail=detail,
+    )
+
+
+def _target(switch: Switch) -> str:
+    if switch.canary is None:
+        return f"generation {switch.active}"
+    return f"generation {switch.canary} for {switch.share:.4g} of the keys"
+
+
+def _canary(now: Switch) -> int:
+    if now.canary is None:
+        raise InvalidRequest("there is no canary")
+    return now.canary
+
+
+def _check_share(share: float) -> None:
+    if not 0 < share <= 1:
+        raise InvalidRequest(f"a share must be above 0 and at most 1, got {share!r}", param="canary")
+
+
+def _check_words(author: str, why: str) -> None:
+    if not (0 < len(author) <= 128 and author.isprintable()):
+        raise InvalidRequest("the author must have 1 to 128 printable characters", param="author")
+    if len(why) > 2000:
+        raise InvalidRequest("why must have at most 2000 characters", param="why")
