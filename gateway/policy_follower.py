@@ -24,13 +24,14 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from gateway import generations
 from gateway.db.database import Database
-from gateway.generations import COMMITTED, HEARTBEAT_S, LEASE_S, LiveGateway, StoredGeneration, Switch
+from gateway.generations import HEARTBEAT_S, LEASE_S, PROPOSED, LiveGateway, StoredGeneration, Switch
 from policies.document import (
     DEFAULT_SALT,
     FleetNames,
     PolicyDocument,
     PredictorUnusable,
     parse,
+    salt_bytes,
     serves_below,
     threshold,
     with_lines,
@@ -86,6 +87,9 @@ class PolicyFollower(Generic[T]):
         self._compile = compile
         self._poll_s = poll_s
         self._built: dict[int, Generation[T]] = {}
+        self._failed: dict[int, str] = {}
+        self._builder: asyncio.Task[None] | None = None
+        self._broken = ""
         self._now: _Serving[T] | None = None
         self._plan: list[_Serving[T]] = []
         self._turn_at = _NEVER  # when the first of the plan is due
@@ -106,9 +110,10 @@ class PolicyFollower(Generic[T]):
         self._poller = asyncio.create_task(self._poll(), name="policy-poll")
 
     async def aclose(self) -> None:
-        if self._poller is not None:
-            self._poller.cancel()
-            await asyncio.gather(self._poller, return_exceptions=True)
+        tasks = [task for task in (self._poller, self._builder) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         try:
             await self._database.write(lambda connection: generations.sign_off(connection, self._id))
         except SQLAlchemyError as error:  # its lease will run out
@@ -149,6 +154,11 @@ class PolicyFollower(Generic[T]):
     async def _join(self) -> bool:
         """Build what is in the database; True when nothing has changed until the own row was there to be waited for."""
         await self._catch_up()
+        while self._builder is not None:
+            await self._builder
+            await self._catch_up()
+        if self._broken:
+            raise ConfigError(self._broken)
         version, beginning = self._version, time.monotonic()
 
         def sign_on(connection: Connection) -> None:
@@ -161,14 +171,13 @@ class PolicyFollower(Generic[T]):
             await self._database.write(sign_on)
         except _Moved:
             return False
-        self._version = version + 1
         self._fresh_until = beginning + LEASE_S
         return True
 
     async def _poll(self) -> None:
         reported_at = time.monotonic()
         while True:
-            pending = self._proposed or self._plan
+            pending = self._proposed or self._plan or self._builder
             await asyncio.sleep(min(_PENDING_POLL_S, self._poll_s) if pending else self._poll_s)
             due = time.monotonic() - reported_at > HEARTBEAT_S
             try:
@@ -186,6 +195,8 @@ class PolicyFollower(Generic[T]):
             beginning = time.monotonic()
             if await self._database.read(generations.version) != self._version:
                 await self._catch_up()
+            if self._broken:
+                return False  # not heard of any more, it is not waited for either
             if time.time() >= self._turn_at:
                 self._turn()
             state = (self._prepared, self._refusal, self._serving)
@@ -198,31 +209,53 @@ class PolicyFollower(Generic[T]):
             return True
 
     async def _catch_up(self) -> None:
-        """Build what the switches ahead need and lay out the plan. ConfigError if what must serve cannot be built."""
+        """Lay out the plan as far as it is built, and have the rest built."""
         version, switches, rows = await self._database.read(self._read)
         plan: list[_Serving[T]] = []
-        refusal: str | None = None
+        self._refusal, broken = None, ""
         for switch in switches:
-            try:
-                for number in switch.generations:
-                    if number not in self._built:
-                        self._built[number] = await asyncio.to_thread(self._build, rows[number])
-            except Exception as error:
-                refusal = _reason(error)
-                if switch.state == COMMITTED:
-                    self._fresh_until = -_NEVER  # it serves elsewhere already; nothing older may be served here
-                    raise ConfigError(f"policy generation {number} cannot be served here: {refusal}") from error
-                logger.warning("policy generation %d is refused: %s", number, refusal)
+            if unbuilt := [number for number in switch.generations if number not in self._built | self._failed]:
+                self._start_building([rows[number] for number in unbuilt if number in rows])
                 break
-            if switch.state == COMMITTED:
+            refusals = [self._failed[number] for number in switch.generations if number in self._failed]
+            if switch.state == PROPOSED:
+                self._refusal = refusals[0] if refusals else None
+            elif refusals:
+                broken = f"policy generation {switch.active} cannot be served here: {refusals[0]}"
+            else:
                 plan.append(self._ready(switch))
+                broken = ""
+            self._prepared = switch.number
+        self._break(broken)
         self._adopt(plan)
-        self._proposed = any(switch.state != COMMITTED for switch in switches)
-        self._prepared = max([switch.number for switch in switches], default=self._prepared)
-        self._refusal = refusal
+        self._proposed = any(switch.state == PROPOSED for switch in switches)
         self._version = version
         wanted = {number for switch in switches for number in switch.generations} | self._kept()
         self._built = {number: built for number, built in self._built.items() if number in wanted}
+        self._failed = {number: reason for number, reason in self._failed.items() if number in wanted}
+
+    def _break(self, reason: str) -> None:
+        """It serves elsewhere already what cannot be served here, so nothing older may be served here."""
+        if reason and reason != self._broken:
+            logger.error("%s", reason)
+        self._broken = reason
+        if reason:
+            self._fresh_until = -_NEVER
+
+    def _start_building(self, rows: list[StoredGeneration]) -> None:
+        if self._builder is None:
+            self._builder = asyncio.create_task(self._build_all(rows), name="policy-build")
+
+    async def _build_all(self, rows: list[StoredGeneration]) -> None:
+        """In a task of its own: a predictor may take longer to load than a lease lasts."""
+        for row in rows:
+            try:
+                self._built[row.number] = await asyncio.to_thread(self._build, row)
+            except Exception as error:
+                self._failed[row.number] = _reason(error)
+                logger.warning("policy generation %d is refused: %s", row.number, self._failed[row.number])
+        self._version = -1  # read again what was waiting for this
+        self._builder = None
 
     def _read(self, connection: Connection) -> tuple[int, list[Switch], dict[int, StoredGeneration]]:
         """(version, the switch to serve by if there is a newer one, then those ahead; their generations not yet built).
@@ -233,7 +266,8 @@ class PolicyFollower(Generic[T]):
         base = generations.serving(connection, time.time())
         ahead = generations.ahead(connection, base.number)
         switches = [base, *ahead] if base.number > self._serving else ahead
-        wanted = {number for switch in switches for number in switch.generations} - self._built.keys()
+        wanted = {number for switch in switches for number in switch.generations}
+        wanted -= self._built.keys() | self._failed.keys()
         return version, switches, generations.stored(connection, wanted) if wanted else {}
 
     def _build(self, row: StoredGeneration) -> Generation[T]:
