@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -17,24 +17,28 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from gateway import openapi
+from gateway.answering import Answering, Kind
 from gateway.config import GatewayConfig, ServedModel
 from gateway.connection import Connect
 from gateway.db.database import Database
 from gateway.directory import Directory
 from gateway.edge import EXCHANGE, Edge, header
 from gateway.errors import routing_error_body
+from gateway.explain import RecordBook
 from gateway.fleet import Fleet
-from gateway.generate import CHAT, COMPLETION, Generate, Kind
+from gateway.generate import CHAT, COMPLETION, Generate, Services
 from gateway.keys import KeyRing, load_secret
 from gateway.metrics import Metrics
+from gateway.rules import FixedRules, ModelGroup, Rules, default_rules
 from gateway.schemas import ErrorResponse, Health, ModelList, ModelObject
+from gateway.shadow import Shadows
 
 
 @dataclass(slots=True)
 class _Running:
     """What exists only between start and stop of the application."""
 
-    keys: KeyRing
+    services: Services
     fleet: Fleet
     endpoints: dict[str, Generate]
 
@@ -55,38 +59,57 @@ class _Gateway:
         assert self._running is not None, "the application's lifespan has not been started"
         return self._running
 
+    async def rules_of(self, request: Request) -> Rules:
+        """The generation that serves the caller's key; AuthenticationFailed."""
+        services = self.running.services
+        key = await services.keys.authenticate(header(request.scope, b"authorization"))
+        return services.rules.rules_for(key.id)
+
     @asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncGenerator[None, None]:
         config = self.config
-        # Blocking, but before the first request: the schema may have to be brought up to date.
-        database = Database(config.database_url)
-        try:
+        async with AsyncExitStack() as stack:
+            # Blocking, but before the first request: the schema may have to be brought up to date.
+            database = Database(config.database_url)
+            stack.callback(database.close)
             secret = load_secret(config.state_dir)
             keys = KeyRing(database, secret, poll_s=config.key_poll_s, stale_s=config.key_stale_s)
+            stack.push_async_callback(keys.aclose)
+            await keys.start()
             fleet = Fleet(config, self._directory, self._connect)
+            stack.push_async_callback(fleet.aclose)
+            fleet.start()
+            answering = Answering(config, fleet, self.metrics)
+            shadows = Shadows(answering, self.metrics)
+            stack.push_async_callback(shadows.aclose)
+            services = Services(
+                config=config,
+                keys=keys,
+                rules=FixedRules(default_rules(config)),
+                answering=answering,
+                shadows=shadows,
+                metrics=self.metrics,
+                book=RecordBook(),
+            )
+            endpoints = {kind.id_prefix: Generate(kind, services) for kind in (CHAT, COMPLETION)}
+            self.metrics.follow(lambda: fleet.connections)
+            self._running = _Running(services, fleet, endpoints)
             try:
-                await keys.start()
-                fleet.start()
-                kinds = {kind.id_prefix: kind for kind in (CHAT, COMPLETION)}
-                endpoints = {name: Generate(kind, config, keys, fleet, self.metrics) for name, kind in kinds.items()}
-                self._running = _Running(keys, fleet, endpoints)
-                self.metrics.follow(lambda: fleet.connections)
                 yield
             finally:
                 self._running = None
-                await fleet.aclose()
-                await keys.aclose()
-        finally:
-            database.close()
 
-    def model_object(self, name: str, served: ServedModel) -> ModelObject:
-        card = self.running.fleet.card(served.name)
+    def model_object(self, name: str, target: ServedModel | ModelGroup) -> ModelObject:
+        """`target` is what the name stands for; a group is as long as its longest model."""
+        fleet = self.running.fleet
+        members = [target.name] if isinstance(target, ServedModel) else [model.name for model in target.models]
+        lengths = [card.max_model_len for card in map(fleet.card, members) if card is not None]
         return ModelObject(
             id=name,
-            created=served.created or self.started_at,
-            owned_by=served.owned_by,
-            root=served.name,
-            max_model_len=card.max_model_len if card else None,
+            created=(target.created if isinstance(target, ServedModel) else 0) or self.started_at,
+            owned_by=target.owned_by if isinstance(target, ServedModel) else "signalbox",
+            root=target.name,
+            max_model_len=max(lengths, default=None),
         )
 
 
@@ -145,16 +168,14 @@ def _add_plain_routes(app: FastAPI, gateway: _Gateway) -> None:
 
     @app.get("/v1/models", responses=refusals)
     async def list_models(request: Request) -> ModelList:
-        """The models served here, by name and by alias."""
-        await gateway.running.keys.authenticate(header(request.scope, b"authorization"))
-        models = gateway.config.models
-        named = [(name, model) for model in models for name in (model.name, *model.aliases)]
-        return ModelList(data=[gateway.model_object(name, model) for name, model in named])
+        """What a caller may ask for: models, groups, and their aliases."""
+        rules = await gateway.rules_of(request)
+        return ModelList(data=[gateway.model_object(name, rules.resolve(name)) for name in rules.names()])
 
     @app.get("/v1/models/{model:path}", responses={**refusals, 404: {"model": ErrorResponse}})
     async def retrieve_model(model: str, request: Request) -> ModelObject:
-        await gateway.running.keys.authenticate(header(request.scope, b"authorization"))
-        return gateway.model_object(model, gateway.running.fleet.served(model))
+        rules = await gateway.rules_of(request)
+        return gateway.model_object(model, rules.resolve(model))
 
     @app.get("/health", response_model=Health, responses={503: {"model": Health}})
     async def health() -> Response:

@@ -1,6 +1,6 @@
 """Carries a request to a replica and its chunks back, through the loss of replicas where that is still honest.
 
-Until a first chunk has come nothing was promised, so an Unavailable replica only means another one; afterwards the
+Until a first chunk was handed on nothing was promised, so an Unavailable replica only means another one; afterwards the
 error is the caller's to tell, because repeating would repeat text.
 """
 
@@ -42,15 +42,21 @@ class Attempt:
     error: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Job:
-    """A prompt on its way. `attempts` grows with every replica it is given to."""
+    """A prompt on its way. `attempts` grows with every replica it is given to.
+
+    whole: nobody sees the answer before it is complete, so it may begin again elsewhere even after its first token.
+    first_at: when its first chunk came (perf_counter).
+    """
 
     model: str
     request: GenerateRequest
     route: RouteRequest
     policy: str = DEFAULT_POLICY
     generation: int = 0
+    whole: bool = False
+    first_at: float | None = None
     attempts: list[Attempt] = field(default_factory=list)
 
 
@@ -69,17 +75,24 @@ async def generate(fleet: Fleet, job: Job, retries: Retries) -> Chunks:
         job.attempts.append(Attempt(choice.decision, time.time()))
         # an id of its own per attempt: the one before may still run on a replica that only we lost
         named = replace(request, request_id=f"{request.request_id}-r{attempt}") if attempt else request
-        started = False
+        shown = False
+        held: list[Chunk] = []
         try:
             with fleet.routes[job.model].counted(job.route, choice):
                 async with aclosing(choice.connection.generate(named)) as stream:
                     async for ready in stream:
-                        started = True
-                        yield ready
+                        job.first_at = job.first_at or time.perf_counter()
+                        if job.whole:
+                            held += ready
+                        else:
+                            shown = True
+                            yield ready
+            if held:
+                yield held
             return
         except SignalboxError as error:
             job.attempts[-1] = replace(job.attempts[-1], error=f"{type(error).__name__}: {error.message}")
-            if started or not isinstance(error, Unavailable):
+            if shown or not isinstance(error, Unavailable):
                 raise
             last = error
             tried.add(choice.decision.replica_id)

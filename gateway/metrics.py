@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
 
-STAGES = ("auth", "read", "parse", "tokenise", "first_chunk")
+STAGES = ("auth", "read", "parse", "select", "tokenise", "first_chunk")
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _STAGE_SECONDS = (0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.1, 1.0)

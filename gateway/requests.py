@@ -155,6 +155,12 @@ class ChatRequest(Generation):
         for index, message in enumerate(self.messages):
             _check_message(message, f"messages.{index}.")
 
+    @property
+    def subject(self) -> str:
+        """What is asked: the last message of the user, or the last one."""
+        asked = next((message for message in reversed(self.messages) if message.role == "user"), self.messages[-1])
+        return _template_message(asked)["content"]
+
     def template_messages(self) -> list[dict[str, str]]:
         """What a chat template reads. Text parts are joined with newlines, as vLLM does for templates of plain text."""
         return [_template_message(message) for message in self.messages]
@@ -185,6 +191,12 @@ class CompletionRequest(Generation):
         return (
             1 if isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int)) else len(self.prompt)
         )
+
+    @property
+    def subject(self) -> str:
+        """What is asked, as far as it is text."""
+        texts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
+        return "\n\n".join(text for text in texts if isinstance(text, str))
 
     def prompts(self) -> list[str] | list[list[int]]:
         """All texts, or all token ids; InvalidRequest when there is none."""

@@ -232,6 +232,9 @@ class Collected:
             if chunk.finish_reason is not None:
                 choice.finish_reason = chunk.finish_reason
 
+    def text(self, choice: int) -> str:
+        return "".join(self._choices[choice].texts)
+
     def body(self, envelope: Envelope, shape: Shape, usage: Usage, *, logprobs: bool) -> bytes:
         answer = {
             "id": envelope.id,

@@ -1,0 +1,283 @@
+"""From a parsed request to a model that has begun to answer: select, plan, dispatch, and the next model if need be.
+
+Up to the first chunk nothing is promised, so another model may take over (a group's next best, a fallback); what the
+caller got wrong is found before, or fails alike everywhere. Knows nothing of bodies and status lines.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gateway import dispatch
+from gateway.config import GatewayConfig, Retries
+from gateway.dispatch import Chunks, Job
+from gateway.explain import Record, Step
+from gateway.fleet import Fleet
+from gateway.metrics import Histogram, Metrics, ModelMetrics
+from gateway.models import Model, item_path
+from gateway.requests import ChatRequest, CompletionRequest
+from gateway.responses import Shape, total
+from gateway.routes import route_request
+from gateway.rules import ModelGroup, Rules
+from gateway.select import Selection, Size, select_from, select_model
+from policies.rightsize.cascade import Cascade, confidence
+from replicas.protocol import Chunk, EngineFault, GenerateRequest, InvalidRequest, Unavailable, Usage
+
+Request = ChatRequest | CompletionRequest
+Prompts = list[tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What distinguishes one endpoint from the other.
+
+    param names the field that holds the prompt. encode tokenises: (request, model, tenant) -> token ids per prompt.
+    """
+
+    request: type[Any]
+    shape: Shape
+    id_prefix: str
+    param: str
+    encode: Callable[[Any, Model, str], Awaitable[Prompts]]
+
+
+class Laps:
+    """Splits the time since arrival over the stages of a request."""
+
+    def __init__(self, stages: dict[str, Histogram]) -> None:
+        self._stages = stages
+        self.began = self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> float:
+        now = time.perf_counter()
+        self._stages[stage].observe(now - self._last)
+        self._last = now
+        return now
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """One caller's request on its way through this gateway."""
+
+    kind: Kind
+    request: Any
+    tenant: str
+    rules: Rules
+    record: Record
+    laps: Laps
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """A model that has begun to answer: its first chunks, and the stream of the rest."""
+
+    id: str
+    model: Model
+    metrics: ModelMetrics
+    step: Step
+    first: list[Chunk]
+    stream: Chunks
+    selection: Selection
+
+    @property
+    def prompts(self) -> int:
+        return len(self.step.jobs)
+
+    def settle(self, usages: Sequence[Usage]) -> Usage:
+        """The bill, when every prompt has ended; EngineFault where one has not."""
+        if len(usages) != self.prompts:
+            raise EngineFault("the replica ended a request without its terminal chunk")
+        self.step.usage = usage = total(usages)
+        self.metrics.settled(usage)
+        return usage
+
+
+class Answering:
+    def __init__(self, config: GatewayConfig, fleet: Fleet, metrics: Metrics) -> None:
+        self._config = config
+        self._fleet = fleet
+        self._metrics = metrics
+
+    async def open(self, asked: Asked, stack: AsyncExitStack, safety_scale: Callable[[ModelGroup], float]) -> Opened:
+        """The first model of the selection that begins to answer; `stack` closes its stream.
+
+        Raises what the last one raised when none does.
+        """
+        selection = await self._select(asked, safety_scale)
+        models = selection.models
+        if selection.cascade is not None:
+            kept = await self._provisional(asked, selection, stack)
+            if kept is not None:
+                return kept
+            models = models[1:]
+        for number, name in enumerate(models):
+            role = "answer" if number == 0 else "fallback"
+            last = number == len(models) - 1
+            try:
+                return await self._open(asked, selection, name, role, self._retries(last), stack)
+            except Unavailable:
+                if last:
+                    raise
+        raise AssertionError("a selection names at least one model")
+
+    async def whole(self, asked: Asked, name: str, role: str) -> tuple[Step, list[Chunk]]:
+        """Everything that a model answers, for somebody other than the caller."""
+        step, stream, _ = await self._start(asked, name, role, self._retries(False), whole=True)
+        try:
+            async with aclosing(stream):
+                chunks = [chunk async for ready in stream for chunk in ready]
+        except Unavailable as error:
+            step.error = error.message
+            raise
+        step.usage = total([chunk.usage for chunk in chunks if chunk.usage is not None])
+        return step, chunks
+
+    def _retries(self, last: bool) -> Retries:
+        """Only the last model is worth waiting for."""
+        retries = self._config.retries
+        return retries if last else replace(retries, wait_s=0.0)
+
+    # ---------------------------------------------------------------------------------------------- which model
+
+    async def _select(self, asked: Asked, safety_scale: Callable[[ModelGroup], float]) -> Selection:
+        target = asked.rules.resolve(asked.request.model)
+        asked.laps.lap("parse")
+        if not isinstance(target, ModelGroup):
+            return select_model(target, asked.rules)
+        size = Size(
+            text=asked.request.subject,
+            prompt_tokens=await self._prompt_tokens(asked, target),
+            max_tokens=asked.request.token_limit,
+        )
+        selection = select_from(target, asked.rules, self._fleet, size, safety_scale(target))
+        asked.record.group, asked.record.choice = target.name, selection.choice
+        asked.laps.lap("select")
+        return selection
+
+    async def _prompt_tokens(self, asked: Asked, group: ModelGroup) -> int:
+        """As the first candidate that is ready counts them; its encodings are kept, so long ones are not made twice."""
+        names = [model.name for model in group.models]
+        name = next((name for name in names if self._fleet.ready(name)), names[0])
+        model = await self._fleet.model(self._fleet.served(name), self._config.retries.wait_s)
+        return sum(map(len, await asked.kind.encode(asked.request, model, asked.tenant)))
+
+    # ------------------------------------------------------------------------------------------------- running it
+
+    async def _open(
+        self, asked: Asked, selection: Selection, name: str, role: str, retries: Retries, stack: AsyncExitStack
+    ) -> Opened:
+        step, stream, model = await self._start(asked, name, role, retries, whole=not asked.request.stream)
+        await stack.enter_async_context(aclosing(stream))
+        try:
+            first = await anext(stream, None)
+        except Unavailable as error:
+            step.error = error.message
+            await stream.aclose()
+            raise
+        if not first:
+            raise EngineFault("the replica ended a request without an answer")
+        return self._opened(asked, selection, model, step, first, stream)
+
+    def _opened(
+        self, asked: Asked, selection: Selection, model: Model, step: Step, first: list[Chunk], stream: Chunks
+    ) -> Opened:
+        asked.laps.lap("first_chunk")
+        metrics = self._metrics.models[model.name]
+        step.ttft_s = max(job.first_at or 0.0 for job in step.jobs) - asked.laps.began
+        metrics.time_to_first_token.observe(step.ttft_s)
+        return Opened(
+            id=step.jobs[0].request.request_id.partition("/")[0],
+            model=model,
+            metrics=metrics,
+            step=step,
+            first=first,
+            stream=stream,
+            selection=selection,
+        )
+
+    async def _start(
+        self, asked: Asked, name: str, role: str, retries: Retries, *, whole: bool
+    ) -> tuple[Step, Chunks, Model]:
+        model = await self._fleet.model(self._fleet.served(name), retries.wait_s)
+        jobs = await self._plan(asked, model, whole=whole, logprobs=role == "cascade")
+        record, group = asked.record, asked.rules.groups.get(asked.record.group or "")
+        if role != "shadow":
+            asked.laps.lap("tokenise")
+            record.prompt_tokens = sum(len(job.request.prompt_token_ids) for job in jobs)
+        expected = group.expected_output_tokens if group and group.trade else None
+        step = Step(role=role, model=name, jobs=jobs, price=asked.rules.prices[name], expected_output_tokens=expected)
+        record.steps.append(step)
+        streams = [dispatch.generate(self._fleet, job, retries) for job in jobs]
+        stream = streams[0] if len(streams) == 1 else dispatch.merged(streams, jobs[0].request.sampling.n)
+        return step, stream, model
+
+    async def _plan(self, asked: Asked, model: Model, *, whole: bool, logprobs: bool) -> list[Job]:
+        """One job per prompt; everything the caller may have got wrong is found here at the latest."""
+        kind, request, rules = asked.kind, asked.request, asked.rules
+        prompts = await kind.encode(request, model, asked.tenant)
+        answer_id = f"{kind.id_prefix}-{secrets.token_hex(12)}"
+        wanted = 0 if logprobs and request.logprobs_wanted is None else request.logprobs_wanted
+        jobs = []
+        for number, ids in enumerate(prompts):
+            param = item_path(kind.param, number, len(prompts))
+            max_tokens = model.max_tokens(len(ids), request.token_limit, param)
+            sampling = request.sampling(max_tokens, wanted, model.card.vocab_size)
+            request_id = answer_id if len(prompts) == 1 else f"{answer_id}/{number}"
+            job = Job(
+                model=model.name,
+                request=GenerateRequest(
+                    request_id=request_id, prompt_token_ids=ids, sampling=sampling, tenant=asked.tenant
+                ),
+                route=route_request(model.card, asked.tenant, request_id, ids, max_tokens),
+                policy=rules.policy,
+                generation=rules.generation,
+                whole=whole,
+            )
+            jobs.append(job)
+        return jobs
+
+    # --------------------------------------------------------------------------------------------------- cascade
+
+    async def _provisional(self, asked: Asked, selection: Selection, stack: AsyncExitStack) -> Opened | None:
+        """The small model's whole answer if it is sure enough of it, else None: the strong model's turn."""
+        cascade = selection.cascade
+        assert cascade is not None, "asked for only where there is one"
+        try:
+            step, chunks = await self.whole(asked, cascade.small, "cascade")
+        except Unavailable:
+            return None
+        if self._escalates(cascade, step, chunks):
+            if step.usage is not None:
+                self._metrics.models[cascade.small].settled(step.usage)
+            return None
+        model = await self._fleet.model(self._fleet.served(cascade.small), 0.0)
+        stream = _replayed(chunks)
+        await stack.enter_async_context(aclosing(stream))
+        return self._opened(asked, selection, model, step, await anext(stream), stream)
+
+    @staticmethod
+    def _escalates(cascade: Cascade, step: Step, chunks: Sequence[Chunk]) -> bool:
+        step.mean_logprob = confidence([token.logprob for chunk in chunks for token in chunk.logprobs])
+        step.escalated = step.mean_logprob < cascade.threshold
+        return step.escalated
+
+
+async def _replayed(chunks: list[Chunk]) -> AsyncGenerator[list[Chunk], None]:
+    yield chunks
+
+
+def check_limits(config: GatewayConfig, kind: Kind, request: Request) -> None:
+    """Counts that no model needs to be known for; InvalidRequest."""
+    limits = config.limits
+    if request.prompt_count * request.choices > limits.max_choices:
+        raise InvalidRequest(
+            f"{request.prompt_count} prompts x n={request.choices} are more than {limits.max_choices} choices",
+            param="n" if request.choices > 1 else kind.param,
+        )
+    if isinstance(request, ChatRequest) and len(request.messages) > limits.max_messages:
+        raise InvalidRequest(f"messages: {len(request.messages)} are more than {limits.max_messages}", param="messages")

@@ -1,0 +1,146 @@
+"""A policy generation made ready to serve: every name resolved, prices in whole pico-dollars, predictors loaded.
+
+Immutable. A request takes the `Rules` it begins with and keeps them to its end, whatever is published meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from gateway.config import GatewayConfig, ServedModel
+from policies import prices
+from policies.budget import Price
+from policies.document import EMPTY, FleetNames, Group, PolicyDocument, Prices, load_predictors
+from policies.rightsize.cascade import Cascade
+from policies.rightsize.choose import PricedModel, Trade
+from policies.rightsize.guarantee import Promise
+from policies.rightsize.predictor import Predictor
+from replicas.protocol import ModelNotFound
+
+PICO = 10**12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelGroup:
+    """Several models under one name. Without `trade` the first of them that has a ready replica answers."""
+
+    name: str
+    models: tuple[PricedModel, ...]
+    trade: Trade | None = None
+    predictor: Predictor | None = None
+    expected_output_tokens: float = 0.0
+    cascade: Cascade | None = None
+    promise: Promise | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """`served` holds the fleet's models by name and alias; `aliases` are the document's own, to models and groups."""
+
+    generation: int
+    document: PolicyDocument
+    served: Mapping[str, ServedModel]
+    groups: Mapping[str, ModelGroup]
+    prices: Mapping[str, Price]
+
+    @property
+    def policy(self) -> str:
+        """The name of the algorithm that chooses replicas."""
+        return self.document.affinity.policy
+
+    def resolve(self, name: str) -> ServedModel | ModelGroup:
+        """What a caller's `model` stands for; ModelNotFound."""
+        name = self.document.aliases.get(name, name)
+        target = self.groups.get(name) or self.served.get(name)
+        if target is None:
+            raise ModelNotFound(f"the model {name!r} does not exist", param="model")
+        return target
+
+    def fallbacks(self, model: str) -> tuple[str, ...]:
+        return self.document.fallbacks.get(model, ())
+
+    def names(self) -> Iterator[str]:
+        """Everything that a caller may ask for."""
+        yield from self.served
+        yield from self.groups
+        yield from self.document.aliases
+
+
+class RulesSource(Protocol):
+    """Who knows which generation serves a key now."""
+
+    def rules_for(self, key_id: str) -> Rules: ...
+
+
+@dataclass(frozen=True, slots=True)
+class FixedRules:
+    """One generation for everybody."""
+
+    rules: Rules
+
+    def rules_for(self, key_id: str) -> Rules:
+        return self.rules
+
+
+def fleet_names(config: GatewayConfig) -> FleetNames:
+    return FleetNames(
+        tuple(model.name for model in config.models), tuple(alias for model in config.models for alias in model.aliases)
+    )
+
+
+def compiler(config: GatewayConfig) -> Callable[[int, PolicyDocument], Rules]:
+    """(number, document) -> Rules for this gateway's fleet. Blocking: predictors are read from disk.
+
+    Raises ConfigError for what the document names and this gateway does not have.
+    """
+    served = {name: model for model in config.models for name in (model.name, *model.aliases)}
+    folder = Path(config.state_dir or ".") / "predictors"
+
+    def compile_rules(generation: int, document: PolicyDocument) -> Rules:
+        predictors = load_predictors(document, folder)
+        priced = {model.name: _price(model, document) for model in config.models}
+        groups = {
+            name: _group(name, group, document, priced, predictors.get(name)) for name, group in document.groups.items()
+        }
+        return Rules(generation=generation, document=document, served=served, groups=groups, prices=priced)
+
+    return compile_rules
+
+
+def default_rules(config: GatewayConfig) -> Rules:
+    return compiler(config)(0, EMPTY)
+
+
+def _price(model: ServedModel, document: PolicyDocument) -> Price:
+    rules = document.models.get(model.name)
+    stated = (rules.price if rules else Prices()).model_dump(exclude_none=True)
+    return prices.from_fleet({**model.price, **stated})
+
+
+def _group(
+    name: str, group: Group, document: PolicyDocument, priced: Mapping[str, Price], predictor: Predictor | None
+) -> ModelGroup:
+    settings = group.right_size
+    return ModelGroup(
+        name=name,
+        models=tuple(_priced_model(model, document, priced[model]) for model in group.models),
+        trade=settings.trade if settings else None,
+        predictor=predictor,
+        expected_output_tokens=settings.expected_output_tokens if settings else 0.0,
+        cascade=group.cascade.rule if group.cascade else None,
+        promise=group.guarantee.promise if group.guarantee else None,
+    )
+
+
+def _priced_model(name: str, document: PolicyDocument, price: Price) -> PricedModel:
+    rules = document.models.get(name)
+    per_million = 10**6 / PICO
+    return PricedModel(
+        name=name,
+        input_price=price.input * per_million,
+        output_price=price.output * per_million,
+        strength=rules.strength if rules else None,
+    )
