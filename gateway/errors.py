@@ -9,6 +9,8 @@ import json
 import math
 from dataclasses import dataclass
 
+from gateway.policy_errors import PolicyConflict, PublishRefused, UnknownGeneration
+from policies.yaml_text import DocumentError
 from replicas.protocol import (
     AuthenticationFailed,
     BudgetExceeded,
@@ -46,6 +48,10 @@ TABLE: dict[type[SignalboxError], HttpError] = {
     BudgetExceeded: HttpError(429, "insufficient_quota", "insufficient_quota"),
     RateLimited: HttpError(429, "rate_limit_error", "rate_limit_exceeded"),
     PayloadTooLarge: HttpError(413, "invalid_request_error", "request_too_large"),
+    DocumentError: HttpError(400, "invalid_request_error", "invalid_policy"),
+    UnknownGeneration: HttpError(404, "invalid_request_error", "generation_not_found"),
+    PolicyConflict: HttpError(409, "invalid_request_error", "policy_conflict"),
+    PublishRefused: HttpError(422, "invalid_request_error", "publish_refused"),
     RequestError: HttpError(400, "invalid_request_error", None),
     QueueFull: HttpError(503, "service_unavailable_error", "queue_full"),
     ReplicaDraining: HttpError(503, "service_unavailable_error", "replica_draining"),

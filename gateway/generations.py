@@ -18,8 +18,8 @@ from typing import Any
 from sqlalchemy import Connection, Row, Select, delete, func, or_, select, update
 
 from gateway.db.schema import audit_log, policy_gateways, policy_generations, policy_sequence, policy_switches
+from gateway.policy_errors import UnknownGeneration
 from policies.document import FleetNames
-from replicas.protocol import RequestError
 
 PROPOSED, COMMITTED, REFUSED = "proposed", "committed", "refused"
 # A gateway that has not been heard of for this long has stopped serving by itself, so nobody waits for it.
@@ -27,18 +27,6 @@ LEASE_S = 3.0
 HEARTBEAT_S = 0.7
 _FORGET_GATEWAYS_S = 3600.0
 _MAX_DETAIL = 8000
-
-
-class PolicyConflict(RequestError):
-    """Somebody else is changing, or has changed, what serves; look again."""
-
-
-class UnknownGeneration(RequestError):
-    """There is no generation of that number."""
-
-
-class PublishRefused(RequestError):
-    """A gateway cannot serve it, or did not answer. Everything is as it was."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,7 +47,7 @@ def _extend(document: dict[str, Any]) -> None:
     )
     components = document.setdefault("components", {})
     components.setdefault("schemas", {}).update(definitions["$defs"])
-    components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    components.setdefault("securitySchemes", {})["key"] = {"type": "http", "scheme": "bearer"}
     for path, (summary, request, whole, chunk) in _ENDPOINTS.items():
         document["paths"][path] = {"post": _operation(summary, request, whole, chunk)}
     for path, operations in document["paths"].items():

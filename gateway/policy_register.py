@@ -13,6 +13,7 @@ whose publisher dies expires. Every attempt leaves an audit row, in the transact
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -32,11 +33,10 @@ from gateway.generations import (
     AuditEntry,
     HistoryEntry,
     LiveGateway,
-    PolicyConflict,
-    PublishRefused,
     StoredGeneration,
     Switch,
 )
+from gateway.policy_errors import PolicyConflict, PublishRefused, UnknownGeneration
 from policies.document import FleetNames, PolicyDocument, changes, parse
 from policies.yaml_text import DocumentError
 from replicas.protocol import InvalidRequest
@@ -87,12 +87,17 @@ class PolicyRegister:
     def __init__(self, database_url: str, *, names: FleetNames | None = None) -> None:
         self._engine = open_engine(database_url)
         self._names = names
+        self._stopping = threading.Event()
 
     def __enter__(self) -> PolicyRegister:
         return self
 
     def __exit__(self, *exc: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.close()
+
+    def stop(self) -> None:
+        """Make a change that still waits for gateways give up, from any thread."""
+        self._stopping.set()
 
     def close(self) -> None:
         self._engine.dispose()
@@ -226,7 +231,7 @@ class PolicyRegister:
         _check_words(author, why)
         try:
             proposal, made = self._write(lambda connection: _propose(connection, action, author, plan))
-        except (InvalidRequest, PolicyConflict, generations.UnknownGeneration) as error:
+        except (InvalidRequest, PolicyConflict, UnknownGeneration) as error:
             self._note_refusal(action, author, why, error.message)
             raise
         try:
@@ -250,7 +255,8 @@ class PolicyRegister:
         while waiting := self._unprepared(proposal):
             if time.monotonic() - began > PREPARE_TIMEOUT_S:
                 raise PublishRefused(f"gateway {waiting[0]} did not answer within {PREPARE_TIMEOUT_S:g} s")
-            time.sleep(_LOOK_S)
+            if self._stopping.wait(_LOOK_S):
+                raise PublishRefused("the process that was publishing it is stopping")
         return time.monotonic() - began
 
     def _unprepared(self, proposal: Switch) -> list[str]:
@@ -270,7 +276,8 @@ class PolicyRegister:
             late = [one.id for one in everybody.values() if one.serving < committed.number]
             if not any(everybody[one].seen_at > alive for one in late) or time.time() > give_up:
                 break
-            time.sleep(_LOOK_S)
+            if self._stopping.wait(_LOOK_S):
+                break
         served = [one for one in everybody.values() if one.serving == committed.number]
         late_s = max((one.served_at - committed.activate_at for one in served), default=0.0)
         remaining = committed.activate_at - time.time()

@@ -53,7 +53,7 @@ class DocumentError(ConfigError):
         shown = [f"{name}:{one.line}: {one.path}: {one.message}".replace(": : ", ": ") for one in mistakes[:MAX_SHOWN]]
         if len(mistakes) > MAX_SHOWN:
             shown.append(f"and {len(mistakes) - MAX_SHOWN} more")
-        super().__init__("\n".join(shown))
+        super().__init__("\n".join(shown), param=mistakes[0].path or None)
         self.mistakes = tuple(mistakes)
 
 
