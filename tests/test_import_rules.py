@@ -26,6 +26,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {  # module: (anywhere, inside fun
     "replicas.engine.sequence": ({"replicas.protocol"}, set()),
     "replicas.engine": (ENGINE, ENGINE_LAZY),
     "replicas": ({"replicas", "msgspec", "zmq", "httpx", "tokenizers"}, {"ray", "torch", "uvloop"}),
+    "replicas.upstream_tokens": (set(), {"tiktoken"}),
     "replicas.replica": ({"replicas", "msgspec", "zmq", "ray", "tokenizers"}, {"torch"}),
     "replicas.directory": ({"replicas.protocol"}, {"ray"}),
     "gateway": (
