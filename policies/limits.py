@@ -303,7 +303,8 @@ def _promise(gates: Gates, refusal: Refusal, tokens: int, claimant: bytes) -> Re
     """The refusal with its time, the promise noted in every gate."""
     if any(len(gate.promised) + len(gate.held) >= MOST_PROMISES for _, gate in gates):
         return refusal
-    due_us = max(gate.at_us for _, gate in gates)
+    now_us = max(gate.at_us for _, gate in gates)
+    due_us = now_us + 1  # a promise that is due now would be held already
     for limit, gate in gates:
         earliest = _earliest(limit, gate, tokens)
         if earliest is None:
@@ -311,8 +312,7 @@ def _promise(gates: Gates, refusal: Refusal, tokens: int, claimant: bytes) -> Re
         due_us = max(due_us, earliest)
     for _, gate in gates:
         gate.promised.append(Promise(due_us, claimant, tokens))
-    now_us = max(gate.at_us for _, gate in gates)
-    return Refusal(kind=refusal.kind, limit=refusal.limit, retry_after_us=max(1, due_us - now_us))
+    return Refusal(kind=refusal.kind, limit=refusal.limit, retry_after_us=due_us - now_us)
 
 
 def _earliest(limit: RateLimit, gate: Gate, tokens: int) -> int | None:
