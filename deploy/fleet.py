@@ -10,20 +10,33 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
 from gateway.config import GatewayConfig, Limits, Retries, ServedModel
 from replicas.engine.config import EngineConfig
 from replicas.fake import FakeSettings
 from replicas.protocol import ConfigError
+from replicas.upstream_config import Upstream, UpstreamTimeouts, check_base_url
 
 FLEETS = Path(__file__).parent / "fleets"
 DEFAULT_FLEET = FLEETS / "default.yaml"
+
+T = TypeVar("T")
 
 
 class _Section(BaseModel):
@@ -50,6 +63,24 @@ EngineSettings = _section("EngineSettings", EngineConfig, without=("model",))
 FakeEngineSettings = _section("FakeEngineSettings", FakeSettings)
 GatewayLimits = _section("GatewayLimits", Limits)
 GatewayRetries = _section("GatewayRetries", Retries)
+
+
+# The bounds of a single answer are not for a fleet file; what the groups have anyway is theirs.
+UpstreamSettings = _section(
+    "UpstreamSettings",
+    Upstream,
+    without=("name", "default_max_tokens", "timeouts", "api_key_env", "max_event_bytes", "max_answer_bytes"),
+)
+UpstreamTimeoutSettings = _section("UpstreamTimeoutSettings", UpstreamTimeouts)
+_UPSTREAM_FIELDS = {field.name for field in dataclasses.fields(Upstream)} - {"timeouts"}
+
+
+def _checked(check: Callable[..., T], *values: Any, **named: Any) -> T:
+    """`check(...)`, with what it refuses as a mistake in the file."""
+    try:
+        return check(*values, **named)
+    except ConfigError as error:
+        raise ValueError(error.message) from None
 
 
 class Replicas(_Section):
@@ -108,15 +139,39 @@ class FakeGroup(ModelGroup):
     engine_settings: FakeEngineSettings = FakeEngineSettings()  # type: ignore[valid-type]
 
 
-class OpenAIGroup(ModelGroup):
-    """Another server that speaks the OpenAI API."""
+class OpenAIGroup(UpstreamSettings, ModelGroup):  # type: ignore[valid-type, misc]
+    """Another server that speaks the OpenAI API; it runs elsewhere, so nothing is said of replicas and machines."""
 
     engine: Literal["openai"]
+    api_key_env: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    timeouts: UpstreamTimeoutSettings = UpstreamTimeoutSettings()  # type: ignore[valid-type]
+    # What other groups may set means nothing here: not a field, so a file that sets it is refused.
+    replicas: ClassVar[Replicas] = Replicas.model_construct(min=0, max=0)  # type: ignore[misc]
+    num_cpus: ClassVar[float] = 0.0  # type: ignore[misc]
+    num_gpus: ClassVar[float] = 0.0  # type: ignore[misc]
+    accelerator_type: ClassVar[str | None] = None  # type: ignore[misc]
+    drain_s: ClassVar[float] = 0.0  # type: ignore[misc]
 
-    @model_validator(mode="before")
+    @field_validator("base_url")
     @classmethod
-    def _refuse(cls, _: Any) -> Any:
-        raise ValueError("engine: openai is not supported yet (signalbox and fake are)")
+    def _base_url(cls, url: str) -> str:
+        return _checked(check_base_url, url) or url
+
+    @field_validator("timeouts")
+    @classmethod
+    def _timeouts(cls, timeouts: BaseModel) -> BaseModel:
+        _checked(UpstreamTimeouts, **_given(timeouts))
+        return timeouts
+
+    @model_validator(mode="after")
+    def _whole(self) -> OpenAIGroup:
+        _checked(self.upstream)
+        return self
+
+    def upstream(self) -> Upstream:
+        """What the gateway is told of it."""
+        given = {name: value for name, value in _given(self).items() if name in _UPSTREAM_FIELDS}
+        return Upstream(**given, timeouts=UpstreamTimeouts(**_given(self.timeouts)))
 
 
 _GROUPS: dict[str, type[ModelGroup]] = {"signalbox": SignalboxGroup, "fake": FakeGroup, "openai": OpenAIGroup}
@@ -131,7 +186,9 @@ AnyGroup = Annotated[
     Annotated[SignalboxGroup, Tag("signalbox")]
     | Annotated[FakeGroup, Tag("fake")]
     | Annotated[OpenAIGroup, Tag("openai")],
-    Discriminator(_engine_of, custom_error_type="engine", custom_error_message="engine must be 'signalbox' or 'fake'"),
+    Discriminator(
+        _engine_of, custom_error_type="engine", custom_error_message="engine must be 'signalbox', 'fake' or 'openai'"
+    ),
 ]
 
 
@@ -163,6 +220,16 @@ class Fleet(_Section):
                 raise ValueError(f"the name {name!r} is used twice among model names and aliases")
             seen.add(name)
         return self
+
+    @property
+    def local(self) -> tuple[ModelGroup, ...]:
+        """The groups whose replicas this fleet starts itself."""
+        return tuple(model for model in self.models if not isinstance(model, OpenAIGroup))
+
+    @property
+    def upstreams(self) -> tuple[Upstream, ...]:
+        """The servers elsewhere."""
+        return tuple(model.upstream() for model in self.models if isinstance(model, OpenAIGroup))
 
     def gateway_config(self, *, database_url: str, state_dir: str) -> GatewayConfig:
         """What every gateway process is told."""
