@@ -6,11 +6,10 @@ The arithmetic is theirs; here is only how a gate is read, locked and written ba
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import msgspec
 
-from gateway.ledger.sql import Statements
+from gateway.ledger.sql import Row, Statements
 from policies.budget import Scope
 from policies.limits import Gate, Promise, RateLimit
 
@@ -35,7 +34,7 @@ class Gates:
 
     def __init__(self, statements: Statements) -> None:
         self._statements = statements
-        self._loaded: dict[str, tuple[Any, ...]] = {}
+        self._loaded: dict[str, Row] = {}
         self.gates: dict[str, Gate] = {}
 
     def load(self, ids: Iterable[str]) -> None:
@@ -51,8 +50,8 @@ class Gates:
 
     def _lock(self, ids: Iterable[str]) -> None:
         for row in self._statements.locked(_COLUMNS, "ledger_gates", ids):
-            self._loaded[row.id] = tuple(row)
-            self.gates[row.id] = _gate(row)
+            self._loaded[row[0]] = row
+            self.gates[row[0]] = _gate(row)
 
     def write(self) -> None:
         rows = [_row(id, gate) for id, gate in self.gates.items()]
@@ -62,16 +61,17 @@ class Gates:
         )
 
 
-def _gate(row: Any) -> Gate:
-    gate = Gate(at_us=row.at_us, requests=row.requests, tokens=row.tokens, in_flight=row.in_flight)
-    if row.promises != _NOTHING:
-        for due_us, claimant, tokens in msgspec.json.decode(row.promises):
+def _gate(row: Row) -> Gate:
+    _, at_us, requests, level, in_flight, promises = row
+    gate = Gate(at_us=at_us, requests=requests, tokens=level, in_flight=in_flight)
+    if promises != _NOTHING:
+        for due_us, claimant, tokens in msgspec.json.decode(promises):
             promise = Promise(due_us, bytes.fromhex(claimant), tokens)
             (gate.held if due_us <= gate.at_us else gate.promised).append(promise)
     return gate
 
 
-def _row(id: str, gate: Gate) -> tuple[Any, ...]:
+def _row(id: str, gate: Gate) -> Row:
     promises = _NOTHING
     if gate.held or gate.promised:
         entries = [(p.due_us, p.claimant.hex(), p.tokens) for p in (*gate.held, *gate.promised)]

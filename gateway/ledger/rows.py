@@ -1,16 +1,13 @@
-"""Accounts and gates as one transaction sees them: loaded and locked, changed in memory, written back if changed."""
+"""Accounts as one transaction sees them: loaded and locked, changed in memory, written back if changed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import astuple, dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from operator import attrgetter
 
-from gateway.ledger.limits import Gates, gate_id
-from gateway.ledger.sql import Statements
+from gateway.ledger.sql import Row, Statements
 from policies.budget import BASIS_POINTS, Account
-
-__all__ = ["AccountRow", "Accounts", "Gates", "account_row_id", "gate_id"]
 
 
 @dataclass(slots=True)
@@ -65,10 +62,12 @@ class AccountRow:
         )
 
 
-_COLUMNS = (
-    "id, account, starts, ends, spent_usd, spent_tokens, reserved_usd, reserved_tokens, overrun_usd, overrun_tokens,"
-    " cap_usd, cap_tokens, alerts, webhook, alerted"
-)
+_NAMES = tuple(field.name for field in fields(AccountRow))
+_COLUMNS = ", ".join(_NAMES)
+_values = attrgetter(*_NAMES)
+# What may change, from the first such column on.
+_FIRST_CHANGING = _NAMES.index("spent_usd")
+_UPDATE = f"UPDATE ledger_accounts SET {', '.join(f'{name}=?' for name in _NAMES[_FIRST_CHANGING:])} WHERE id=?"
 
 
 def account_row_id(account: str, starts: int) -> str:
@@ -80,7 +79,7 @@ class Accounts:
 
     def __init__(self, statements: Statements) -> None:
         self._statements = statements
-        self._loaded: dict[str, tuple[Any, ...]] = {}
+        self._loaded: dict[str, Row] = {}
         self.rows: dict[str, AccountRow] = {}
 
     def load(self, existing: Iterable[str], wanted: Mapping[str, tuple[Account, float]]) -> None:
@@ -92,7 +91,7 @@ class Accounts:
         missing = sorted(wanted.keys() - self.rows.keys())
         if missing:
             fresh = [_new_row(row_id, *wanted[row_id]) for row_id in missing]
-            self._statements.inserted("ledger_accounts", _COLUMNS, [astuple(row) for row in fresh])
+            self._statements.inserted("ledger_accounts", _COLUMNS, [_values(row) for row in fresh])
             self._lock(missing)  # another process may have been first
         for row_id, (account, _) in wanted.items():
             row, budget = self.rows[row_id], account.budget
@@ -101,17 +100,12 @@ class Accounts:
 
     def _lock(self, ids: Iterable[str]) -> None:
         for found in self._statements.locked(_COLUMNS, "ledger_accounts", ids):
-            values = tuple(found)
-            self._loaded[values[0]] = values
-            self.rows[values[0]] = AccountRow(*values)
+            self._loaded[found[0]] = found
+            self.rows[found[0]] = AccountRow(*found)
 
     def write(self) -> None:
-        changed = [row for row in self.rows.values() if astuple(row) != self._loaded[row.id]]
-        self._statements.many(
-            "UPDATE ledger_accounts SET spent_usd=?, spent_tokens=?, reserved_usd=?, reserved_tokens=?, overrun_usd=?,"
-            " overrun_tokens=?, cap_usd=?, cap_tokens=?, alerts=?, webhook=?, alerted=? WHERE id=?",
-            [(*astuple(row)[4:], row.id) for row in changed],
-        )
+        changed = [values for values in map(_values, self.rows.values()) if values != self._loaded[values[0]]]
+        self._statements.many(_UPDATE, [(*values[_FIRST_CHANGING:], values[0]) for values in changed])
 
 
 def _new_row(row_id: str, account: Account, now: float) -> AccountRow:

@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Connection, Row
+from sqlalchemy import Connection
 
 from gateway.ledger.entries import JOURNAL, RESERVED, Beat, Close, Ending, Operation, Record, Reserve, spend_of_note
-from gateway.ledger.work import NOTHING_USED, Alert, Work
+from gateway.ledger.work import NOTHING_USED, Alert, RequestRow, Work
 from replicas.protocol import Usage
 
 # Usage from journals by attempt id, each with its note (see `entries.note`).
@@ -86,7 +86,7 @@ def take_over(
     """
     work = Work(connection, by, now)
     lease = work.statements.for_update("SELECT lease_until FROM ledger_gateways WHERE id=?", dead)
-    if lease and lease[0].lease_until >= now:
+    if lease and lease[0][0] >= now:
         return None
     rows = work.open_rows_of(dead)
     work.load(rows.values(), ())
@@ -106,7 +106,7 @@ def take_over(
     return Taken(**counts, recorded=len(recorded), alerts=tuple(alerts))
 
 
-def _ending(row: Row[Any], journaled: Journaled, complete: bool) -> tuple[str, Ending]:
+def _ending(row: RequestRow, journaled: Journaled, complete: bool) -> tuple[str, Ending]:
     if row.id in journaled:
         usage = journaled[row.id][0]
         if usage == NOTHING_USED:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import NamedTuple
 
 import msgspec
-from sqlalchemy import Connection, Row
+from sqlalchemy import Connection
 
 from gateway.ledger.entries import RESERVED, Ending, Record, Reservation, Reserve, Spend
 from gateway.ledger.limits import Gates, gate_id, limit_of
 from gateway.ledger.rows import AccountRow, Accounts, account_row_id
-from gateway.ledger.sql import Statements
+from gateway.ledger.sql import Row, Statements
 from policies import limits
 from policies.budget import Account, Price, usd
 from policies.limits import Refusal
@@ -21,11 +21,36 @@ from replicas.protocol import BudgetExceeded, InvalidRequest, RateLimited, Signa
 
 NOTHING_USED = Usage(prompt_tokens=0, completion_tokens=0)
 
-_REQUEST_COLUMNS = (
-    "id, gateway_id, state, key, team, model, prompt_tokens, max_tokens, price_input, price_cached, price_output,"
-    " price_request, reserved_usd, reserved_tokens, holds, began_at, ended_at, cached_tokens, completion_tokens,"
-    " cost_usd, overrun_usd, estimated, source"
-)
+
+class RequestRow(NamedTuple):
+    """One row of ledger_requests, in the columns' order."""
+
+    id: str
+    gateway_id: str
+    state: str
+    key: str
+    team: str
+    model: str
+    prompt_tokens: int
+    max_tokens: int
+    price_input: int
+    price_cached: int
+    price_output: int
+    price_request: int
+    reserved_usd: int
+    reserved_tokens: int
+    holds: str
+    began_at: float
+    ended_at: float | None = None
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    cost_usd: int = 0
+    overrun_usd: int = 0
+    estimated: int = 0
+    source: str = ""
+
+
+_REQUEST_COLUMNS = ", ".join(RequestRow._fields)
 
 
 class Holds(msgspec.Struct, array_like=True, frozen=True):
@@ -37,7 +62,6 @@ class Holds(msgspec.Struct, array_like=True, frozen=True):
 
 _encode_holds = msgspec.json.Encoder().encode
 _decode_holds = msgspec.json.Decoder(Holds).decode
-_NO_HOLDS = _encode_holds(Holds()).decode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +80,8 @@ class Work:
         self._now = now
         self._accounts = Accounts(self.statements)
         self._gates = Gates(self.statements)
-        self._opened: dict[str, tuple[Any, ...]] = {}
-        self._closed: list[tuple[Any, ...]] = []
+        self._opened: dict[str, RequestRow] = {}
+        self._closed: list[Row] = []
         self._usage: dict[tuple[str, str, str, str], list[int]] = {}
         self._alerts: list[Alert] = []
 
@@ -71,18 +95,18 @@ class Work:
             lease_until,
         )
 
-    def open_rows(self, ids: Iterable[str]) -> dict[str, Row[Any]]:
+    def open_rows(self, ids: Iterable[str]) -> dict[str, RequestRow]:
         rows = self.statements.locked(_REQUEST_COLUMNS, "ledger_requests", ids, "AND state='open'")
-        return {row.id: row for row in rows}
+        return {row[0]: RequestRow._make(row) for row in rows}
 
-    def open_rows_of(self, gateway_id: str) -> dict[str, Row[Any]]:
+    def open_rows_of(self, gateway_id: str) -> dict[str, RequestRow]:
         rows = self.statements.for_update(
             f"SELECT {_REQUEST_COLUMNS} FROM ledger_requests WHERE gateway_id=? AND state='open' ORDER BY id",
             gateway_id,
         )
-        return {row.id: row for row in rows}
+        return {row[0]: RequestRow._make(row) for row in rows}
 
-    def load(self, closing: Iterable[Row[Any]], reserving: Sequence[Reserve]) -> None:
+    def load(self, closing: Iterable[RequestRow], reserving: Sequence[Reserve]) -> None:
         """Lock every account and gate that these touch."""
         holds = [_decode_holds(row.holds) for row in closing]
         wanted: dict[str, tuple[Account, float]] = {
@@ -131,7 +155,7 @@ class Work:
             standings=tuple(limits.standing(limit, gate) for limit, gate in gates),
         )
 
-    def close(self, row: Row[Any], ending: Ending) -> None:
+    def close(self, row: RequestRow, ending: Ending) -> None:
         """Settle or release a locked open row."""
         usage = ending.usage or NOTHING_USED
         price = Price(
@@ -217,26 +241,41 @@ class Work:
         for position, amount in enumerate(amounts):
             total[position] += amount
 
-    def _open_row(self, spend: Spend, holds: str) -> tuple[Any, ...]:
-        return (
-            *self._row_head(spend, "open"),
-            *(spend.most_usd, spend.most_tokens, holds, self._now, None),
-            *(0, 0, 0, 0, 0, ""),
+    def _open_row(self, spend: Spend, holds: str) -> RequestRow:
+        subject, price = spend.subject, spend.price
+        return RequestRow(
+            id=spend.id,
+            gateway_id=self._gateway_id,
+            state="open",
+            key=subject.key,
+            team=subject.team,
+            model=subject.model,
+            prompt_tokens=spend.prompt_tokens,
+            max_tokens=spend.max_tokens,
+            price_input=price.input,
+            price_cached=price.cached_input,
+            price_output=price.output,
+            price_request=price.request,
+            reserved_usd=spend.most_usd,
+            reserved_tokens=spend.most_tokens,
+            holds=holds,
+            began_at=self._now,
         )
 
-    def _settled_row(self, record: Record) -> tuple[Any, ...]:
-        spend, usage = record.spend, record.ending.usage or NOTHING_USED
-        head = self._row_head(replace(spend, prompt_tokens=usage.prompt_tokens), "settled")
-        amounts = (usage.cached_tokens, usage.completion_tokens, spend.price.cost(usage))
-        estimated = int(record.ending.estimated)
-        return (*head, 0, 0, _NO_HOLDS, record.began_at, self._now, *amounts, 0, estimated, record.ending.source)
-
-    def _row_head(self, spend: Spend, state: str) -> tuple[Any, ...]:
-        subject, price = spend.subject, spend.price
-        return (
-            *(spend.id, self._gateway_id, state, subject.key, subject.team, subject.model),
-            *(spend.prompt_tokens, spend.max_tokens),
-            *(price.input, price.cached_input, price.output, price.request),
+    def _settled_row(self, record: Record) -> RequestRow:
+        usage = record.ending.usage or NOTHING_USED
+        return self._open_row(record.spend, "")._replace(
+            state="settled",
+            prompt_tokens=usage.prompt_tokens,
+            reserved_usd=0,
+            reserved_tokens=0,
+            began_at=record.began_at,
+            ended_at=self._now,
+            cached_tokens=usage.cached_tokens,
+            completion_tokens=usage.completion_tokens,
+            cost_usd=record.spend.price.cost(usage),
+            estimated=int(record.ending.estimated),
+            source=record.ending.source,
         )
 
     def _over_budget(self, account: Account, row: AccountRow, spend: Spend) -> BudgetExceeded:
