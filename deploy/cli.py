@@ -108,8 +108,14 @@ def models(ctx: typer.Context) -> None:
 
 @app.command(context_settings=_PASS_ON)
 def policy(ctx: typer.Context) -> None:
-    """Train, judge and simulate routing policies."""
+    """Publish, train, judge and simulate routing policies."""
     _call("deploy.policy_cli", "app", ctx)
+
+
+@app.command("admin-token", context_settings=_PASS_ON)
+def admin_token(ctx: typer.Context) -> None:
+    """Create, list and revoke the tokens that open /admin."""
+    _call("deploy.admin_cli", "app", ctx)
 
 
 def main() -> None:

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import typer
 
-from deploy import rightsize_cli, simulate_cli
+from deploy import generations_cli, rightsize_cli, simulate_cli
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Train, judge and simulate routing policies.")
-app.registered_commands += [*rightsize_cli.app.registered_commands, *simulate_cli.app.registered_commands]
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Publish, train, judge and simulate routing policies.",
+)
+for _part in (generations_cli.app, rightsize_cli.app, simulate_cli.app):
+    app.registered_commands += _part.registered_commands

@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, Query, Request, Response, Security
@@ -26,7 +27,8 @@ from gateway.edge import header, read_body
 from gateway.generations import HistoryEntry, StoredGeneration
 from gateway.policy_register import Change, PolicyRegister
 from gateway.schemas import ErrorResponse
-from policies.document import FleetNames, schema
+from policies.document import FleetNames
+from policies.document_schema import schema
 from policies.yaml_text import MAX_BYTES
 from replicas.protocol import InvalidRequest
 
@@ -39,11 +41,19 @@ _THREADS = 4
 
 
 class Admin:
-    """What the admin routes need between start and stop. names: of the fleet, while no gateway has signed on."""
+    """What the admin routes need between start and stop. Names and predictors as for PolicyRegister."""
 
-    def __init__(self, database: Database, database_url: str, secret: bytes, names: FleetNames | None = None) -> None:
+    def __init__(
+        self,
+        database: Database,
+        database_url: str,
+        secret: bytes,
+        *,
+        names: FleetNames | None = None,
+        predictors: Path | None = None,
+    ) -> None:
         self.tokens = AdminTokens(database, secret)
-        self._register = PolicyRegister(database_url, names=names)
+        self._register = PolicyRegister(database_url, names=names, predictors=predictors)
         self._threads = ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="gateway-admin")
 
     async def run(self, work: Callable[[PolicyRegister], T]) -> T:

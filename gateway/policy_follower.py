@@ -25,17 +25,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from gateway import generations
 from gateway.db.database import Database
 from gateway.generations import HEARTBEAT_S, LEASE_S, PROPOSED, LiveGateway, StoredGeneration, Switch
-from policies.document import (
-    DEFAULT_SALT,
-    FleetNames,
-    PolicyDocument,
-    PredictorUnusable,
-    parse,
-    salt_bytes,
-    serves_below,
-    threshold,
-    with_lines,
-)
+from policies.canary import DEFAULT_SALT, salt_bytes, serves_below, threshold
+from policies.document import FleetNames, PolicyDocument, PredictorUnusable, parse, with_lines
 from replicas.protocol import ConfigError, SignalboxError, Unavailable
 
 logger = logging.getLogger(__name__)

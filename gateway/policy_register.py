@@ -16,20 +16,18 @@ import hashlib
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
 from sqlalchemy import Connection
 
-from gateway import generations
+from gateway import generations, proposals
 from gateway.db.database import open_engine, reading
 from gateway.generations import (
-    COMMITTED,
     LEASE_S,
-    PROPOSED,
-    REFUSED,
     AuditEntry,
     HistoryEntry,
     LiveGateway,
@@ -37,13 +35,14 @@ from gateway.generations import (
     Switch,
 )
 from gateway.policy_errors import PolicyConflict, PublishRefused, UnknownGeneration
-from policies.document import FleetNames, PolicyDocument, changes, parse
+from gateway.proposals import PREPARE_TIMEOUT_S, Plan
+from policies.document import FleetNames, PolicyDocument, checked, parse
+from policies.document_schema import changes
 from policies.yaml_text import DocumentError
 from replicas.protocol import InvalidRequest
 
 T = TypeVar("T")
 
-PREPARE_TIMEOUT_S = 15.0
 _LOOK_S = 0.01
 # The moment of a switch lies this far ahead, or as far as the gateways have just taken to answer if that is more.
 _LEAST_NOTICE_S, _MOST_NOTICE_S = 0.15, 3.0
@@ -63,30 +62,17 @@ class Change:
     unanswered: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """What a change wants, worked out inside the transaction that proposes it."""
-
-    active: int
-    canary: int | None = None
-    share: float = 0.0
-    new: StoredGeneration | None = None
-    diff: tuple[str, ...] = ()
-
-    @property
-    def target(self) -> int:
-        return self.active if self.canary is None else self.canary
-
-
 class PolicyRegister:
-    """The policies of one database. `names` is the fleet's to check documents against while no gateway lives.
+    """The policies of one database.
 
-    Safe to use from several threads. Use as a context manager, or `close` it.
+    names: the fleet's, to check documents against while no gateway lives. predictors: the folder of the gateways'
+    predictors, where it is on this machine. Safe to use from several threads. Use as a context manager, or `close` it.
     """
 
-    def __init__(self, database_url: str, *, names: FleetNames | None = None) -> None:
+    def __init__(self, database_url: str, *, names: FleetNames | None = None, predictors: Path | None = None) -> None:
         self._engine = open_engine(database_url)
         self._names = names
+        self._predictors = predictors
         self._stopping = threading.Event()
 
     def __enter__(self) -> PolicyRegister:
@@ -107,9 +93,10 @@ class PolicyRegister:
     def validate(self, text: str, name: str = "policy") -> PolicyDocument:
         """The document; DocumentError. Names are checked against every live gateway's fleet."""
         gateways = self._read(lambda connection: generations.live_gateways(connection, time.time()))
-        document = parse(text, name, names=self._names if not gateways else None)
-        for names in {gateway.names for gateway in gateways}:
-            parse(text, name, names=names)
+        names = self._names if not gateways else None
+        document = checked(text, name, names=names, predictors=self._predictors)
+        for theirs in {gateway.names for gateway in gateways}:
+            parse(text, name, names=theirs)
         return document
 
     def diff(self, text: str, name: str = "policy") -> list[str]:
@@ -167,7 +154,7 @@ class PolicyRegister:
         share = canary if canary is not None else document.canary.share if document.canary else 1.0
         _check_share(share)
 
-        def plan(connection: Connection, now: Switch) -> _Plan:
+        def plan(connection: Connection, now: Switch) -> Plan:
             if parent is not None and parent != now.active:
                 raise PolicyConflict(f"generation {now.active} is active, not {parent}", param="parent")
             before = generations.stored(connection, (now.active,))[now.active]
@@ -183,15 +170,15 @@ class PolicyRegister:
             )
             diff = tuple(changes(before.normalised, new.normalised))
             if share < 1:
-                return _Plan(now.active, new.number, share, new, diff)
-            return _Plan(new.number, new=new, diff=diff)
+                return Plan(now.active, new.number, share, new, diff)
+            return Plan(new.number, new=new, diff=diff)
 
         return self._change("publish", author, why, plan)
 
     def rollback(self, *, author: str, why: str = "", to: int | None = None) -> Change:
         """Back to generation `to`; by default end the canary if there is one, else to the active one's parent."""
 
-        def plan(connection: Connection, now: Switch) -> _Plan:
+        def plan(connection: Connection, now: Switch) -> Plan:
             current = generations.stored(connection, (now.active,))[now.active]
             number = to
             if number is None:
@@ -199,7 +186,7 @@ class PolicyRegister:
             if number is None:
                 raise InvalidRequest("there is nothing to roll back to: the first generation is active")
             wanted = generations.stored(connection, (number,))[number]
-            return _Plan(number, diff=tuple(changes(current.normalised, wanted.normalised)))
+            return Plan(number, diff=tuple(changes(current.normalised, wanted.normalised)))
 
         return self._change("rollback", author, why, plan)
 
@@ -208,29 +195,29 @@ class PolicyRegister:
         if share is not None:
             _check_share(share)
 
-        def plan(connection: Connection, now: Switch) -> _Plan:
+        def plan(connection: Connection, now: Switch) -> Plan:
             canary = _canary(now)
             if share is not None and share < 1:
-                return _Plan(now.active, canary, share, diff=(f"~ share: {now.share:g} -> {share:g}",))
+                return Plan(now.active, canary, share, diff=(f"~ share: {now.share:g} -> {share:g}",))
             found = generations.stored(connection, (now.active, canary))
-            return _Plan(canary, diff=tuple(changes(found[now.active].normalised, found[canary].normalised)))
+            return Plan(canary, diff=tuple(changes(found[now.active].normalised, found[canary].normalised)))
 
         return self._change("promote", author, why, plan)
 
     def cancel(self, *, author: str, why: str = "") -> Change:
         """End the canary; the active generation serves everybody."""
 
-        def plan(_: Connection, now: Switch) -> _Plan:
-            return _Plan(now.active, diff=(f"- canary: {_canary(now)}",))
+        def plan(_: Connection, now: Switch) -> Plan:
+            return Plan(now.active, diff=(f"- canary: {_canary(now)}",))
 
         return self._change("cancel", author, why, plan)
 
     # --------------------------------------------------------------------------------------------------- two phases
 
-    def _change(self, action: str, author: str, why: str, plan: Callable[[Connection, Switch], _Plan]) -> Change:
+    def _change(self, action: str, author: str, why: str, plan: Callable[[Connection, Switch], Plan]) -> Change:
         _check_words(author, why)
         try:
-            proposal, made = self._write(lambda connection: _propose(connection, action, author, plan))
+            proposal, made = self._write(lambda connection: proposals.propose(connection, action, author, plan))
         except (InvalidRequest, PolicyConflict, UnknownGeneration) as error:
             self._note_refusal(action, author, why, error.message)
             raise
@@ -238,15 +225,15 @@ class PolicyRegister:
             committed = self._decide(proposal, made, why)
         except BaseException as error:  # also Ctrl-C: the proposal must not stand in the way of the next one
             reason = str(error) or type(error).__name__
-            self._write(lambda connection: _refuse(connection, proposal, made, why, reason))
+            self._write(lambda connection: proposals.refuse(connection, proposal, made, why, reason))
             raise
         return self._await_served(committed, made)
 
-    def _decide(self, proposal: Switch, made: _Plan, why: str) -> Switch:
+    def _decide(self, proposal: Switch, made: Plan, why: str) -> Switch:
         committed = None
         while committed is None:  # None: a gateway has come meanwhile, and is waited for too
             notice = min(max(_LEAST_NOTICE_S, self._await_prepared(proposal)), _MOST_NOTICE_S)
-            committed = self._write(partial(_commit, proposal=proposal, made=made, why=why, notice=notice))
+            committed = self._write(partial(proposals.commit, proposal=proposal, made=made, why=why, notice=notice))
         return committed
 
     def _await_prepared(self, proposal: Switch) -> float:
@@ -266,7 +253,7 @@ class PolicyRegister:
                 raise PublishRefused(f"gateway {gateway.id} cannot serve it: {gateway.refusal}")
         return [gateway.id for gateway in gateways if gateway.prepared < proposal.number]
 
-    def _await_served(self, committed: Switch, made: _Plan) -> Change:
+    def _await_served(self, committed: Switch, made: Plan) -> Change:
         assert committed.activate_at is not None, "it was committed"
         give_up = committed.activate_at + 2 * LEASE_S
         everybody: dict[str, LiveGateway] = {}
@@ -299,92 +286,6 @@ class PolicyRegister:
     def _write(self, change: Callable[[Connection], T]) -> T:
         with self._engine.begin() as connection:
             return change(connection)
-
-
-def _propose(
-    connection: Connection, action: str, author: str, plan: Callable[[Connection, Switch], _Plan]
-) -> tuple[Switch, _Plan]:
-    number = generations.next_version(connection)
-    now, at = generations.latest(connection), time.time()
-    for open_one in generations.ahead(connection, now.number):
-        if open_one.expires_at > at:
-            raise PolicyConflict(f"{open_one.author} is changing the policy at this moment ({open_one.action})")
-        _abandon(connection, open_one)
-    made = plan(connection, now)
-    if made.new is not None:
-        generations.add(connection, made.new)
-    proposal = Switch(
-        number=number,
-        active=made.active,
-        canary=made.canary,
-        share=made.share,
-        action=action,
-        author=author,
-        proposed_at=at,
-        expires_at=at + PREPARE_TIMEOUT_S + LEASE_S,
-        activate_at=None,
-        state=PROPOSED,
-    )
-    generations.propose(connection, proposal)
-    return proposal, made
-
-
-def _abandon(connection: Connection, proposal: Switch) -> None:
-    generations.settle(connection, proposal.number, REFUSED)
-    generations.audit(
-        connection,
-        actor=proposal.author,
-        action=proposal.action,
-        target=_target(proposal),
-        why="",
-        outcome="failed",
-        detail="whoever proposed it ended before it was decided",
-    )
-
-
-def _refuse(connection: Connection, proposal: Switch, made: _Plan, why: str, reason: str) -> None:
-    generations.next_version(connection)
-    if generations.switch(connection, proposal.number).state != PROPOSED:
-        return  # it had expired and somebody else has said so
-    generations.settle(connection, proposal.number, REFUSED)
-    _note(connection, proposal, made, why, outcome="failed", detail=reason)
-
-
-def _commit(connection: Connection, proposal: Switch, made: _Plan, why: str, notice: float) -> Switch | None:
-    """The committed switch; None when a gateway that has come meanwhile is not prepared. PublishRefused if too late."""
-    generations.next_version(connection)
-    at = time.time()
-    if generations.switch(connection, proposal.number).state != PROPOSED or at > proposal.expires_at:
-        raise PublishRefused("it took too long and was given up")
-    gateways = generations.live_gateways(connection, at)
-    if any(gateway.prepared < proposal.number for gateway in gateways):
-        return None
-    before = generations.latest(connection).activate_at or 0.0
-    moment = max(at + notice if gateways else at, before)
-    generations.settle(connection, proposal.number, COMMITTED, moment)
-    _note(connection, proposal, made, why)
-    return replace(proposal, state=COMMITTED, activate_at=moment)
-
-
-def _note(
-    connection: Connection, proposal: Switch, made: _Plan, why: str, outcome: str = "done", detail: str = ""
-) -> None:
-    generations.audit(
-        connection,
-        actor=proposal.author,
-        action=proposal.action,
-        target=_target(proposal),
-        why=why,
-        diff=made.diff,
-        outcome=outcome,
-        detail=detail,
-    )
-
-
-def _target(switch: Switch) -> str:
-    if switch.canary is None:
-        return f"generation {switch.active}"
-    return f"generation {switch.canary} for {switch.share:.4g} of the keys"
 
 
 def _canary(now: Switch) -> int:

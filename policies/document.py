@@ -11,20 +11,20 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
 from policies import yaml_text
+from policies.canary import DEFAULT_SALT
 from policies.document_limits import Admission, Budget, Hedging, Priorities, RateLimit, RetryRules
 from policies.rightsize import cascade as cascades
 from policies.rightsize.choose import RightSizeView, Trade
 from policies.rightsize.guarantee import Promise
 from policies.rightsize.predictor import ArtefactError, Predictor
-from policies.section import NOT_YET, Dollars, Listed, Name, Section, Share
+from policies.section import Dollars, Listed, Name, Section, Share
 from policies.yaml_text import DocumentError, Loc, suggestion
 from replicas.protocol import ConfigError
 
@@ -139,9 +139,6 @@ class Affinity(Section):
     policy: Literal["affinity", "cache_aware", "least_load", "power_of_two", "round_robin"] = "affinity"
 
 
-DEFAULT_SALT = "signalbox"
-
-
 class Canary(Section):
     """This generation begins with a share of the API keys. Another salt draws other keys."""
 
@@ -202,21 +199,36 @@ def parse(text: str, name: str = "policy", *, names: FleetNames | None = None) -
     return document
 
 
-def load(path: Path, *, names: FleetNames | None = None) -> PolicyDocument:
-    """`parse` for a file; ConfigError when it cannot be read."""
-    return parse(read_text(path), str(path), names=names)
+def checked(text: str, name: str, *, names: FleetNames | None = None, predictors: Path | None = None) -> PolicyDocument:
+    """`parse`, and in the folder `predictors`, where given, every predictor that the document names must be found."""
+    document = parse(text, name, names=names)
+    if predictors is not None:
+        try:
+            load_predictors(document, predictors)
+        except PredictorUnusable as error:
+            raise with_lines(text, name, error) from None
+    return document
+
+
+MAX_READ = yaml_text.MAX_BYTES + 4  # of a file; what is larger is then refused by `parse`
 
 
 def read_text(path: Path) -> str:
-    """At most a little more than a document may have; what is too large is then refused by `parse`."""
+    """A document's file; ConfigError when it cannot be read."""
     try:
         with path.open("rb") as file:
-            return file.read(yaml_text.MAX_BYTES + 4).decode()
+            return decode(file.read(MAX_READ), str(path))
     except OSError as error:
         raise ConfigError(f"cannot read {str(path)!r}: {error.strerror}") from None
+
+
+def decode(content: bytes, name: str) -> str:
+    try:
+        # cut off inside a character it is too large, whatever its last bytes are
+        return content.decode(errors="strict" if len(content) < MAX_READ else "replace")
     except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise DocumentError(str(path), [yaml_text.Mistake(line, "", "is not UTF-8")]) from None
+        line = content[: error.start].count(b"\n") + 1
+        raise DocumentError(name, [yaml_text.Mistake(line, "", "is not UTF-8")]) from None
 
 
 # --------------------------------------------------------------------------------------------- what pydantic cannot see
@@ -303,14 +315,16 @@ def load_predictors(document: PolicyDocument, folder: Path) -> dict[str, Predict
         file = group.right_size.predictor if group.right_size else None
         if file is not None:
             try:
-                predictors[name] = _load_predictor(file, folder / file.path)
+                predictors[name] = _load_predictor(file, folder / file.path, group.models)
             except ArtefactError as error:
                 raise PredictorUnusable(("groups", name, "right_size", "predictor"), error.message) from None
     return predictors
 
 
-def _load_predictor(file: PredictorFile, folder: Path) -> Predictor:
+def _load_predictor(file: PredictorFile, folder: Path, models: tuple[str, ...]) -> Predictor:
     predictor = Predictor.load(folder)
+    if not set(models) & set(predictor.models):
+        raise ArtefactError(f"it was trained on {', '.join(predictor.models)}: none of the group's models")
     found = hashlib.sha256((folder / "predictor.json").read_bytes()).hexdigest()
     if found != file.sha256:
         raise ArtefactError(f"the predictor there has the sha256 {found}, not {file.sha256}")
@@ -320,83 +334,3 @@ def _load_predictor(file: PredictorFile, folder: Path) -> Predictor:
 def with_lines(text: str, name: str, error: PredictorUnusable) -> DocumentError:
     """The same refusal with the line at which `text`, a valid document, names the predictor."""
     return yaml_text.read(text, name).explain([(error.loc, error.reason)])
-
-
-# --------------------------------------------------------------------------------------------------------------- canary
-
-
-def serves(key_id: str, share: float, salt: str) -> bool:
-    """Whether a key is among the first `share` of all keys. A larger share of the same salt only adds keys.
-
-    Stable everywhere and for ever: blake2b-64 of salt and id against the share of its range.
-    """
-    return serves_below(key_id, salt_bytes(salt), threshold(share))
-
-
-def threshold(share: float) -> int:
-    return math.ceil(share * 2**64)
-
-
-def salt_bytes(salt: str) -> bytes:
-    return salt.encode() + b"\0"
-
-
-def serves_below(key_id: str, salt: bytes, limit: int) -> bool:
-    """`serves` with its constants worked out once: a microsecond."""
-    return int.from_bytes(hashlib.blake2b(salt + key_id.encode(), digest_size=8).digest(), "big") < limit
-
-
-# ------------------------------------------------------------------------------------------------ schema and difference
-
-
-def schema() -> dict[str, Any]:
-    """JSON Schema for editors; keys that are not supported yet are there, and nothing is valid below them."""
-    document = PolicyDocument.model_json_schema()
-    definitions = document["$defs"]
-    for key in sorted(NOT_YET):
-        section, _, field = key.partition(".")
-        holder = document if section == PolicyDocument.__name__ else definitions[section]
-        holder["properties"][field] = {"description": "Not supported yet.", "not": {}}
-    used = _referenced(document)
-    document["$defs"] = {name: definitions[name] for name in sorted(definitions) if name in used}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **document, "title": "Signalbox policy document"}
-
-
-def _referenced(schema: Mapping[str, Any]) -> set[str]:
-    """Names of the definitions that can be reached from the document."""
-    found: set[str] = set()
-    ahead: list[Any] = [{key: value for key, value in schema.items() if key != "$defs"}]
-    while ahead:
-        part = ahead.pop()
-        if isinstance(part, Mapping):
-            name = str(part.get("$ref", "")).rpartition("/")[2]
-            if name and name not in found:
-                found.add(name)
-                ahead.append(schema["$defs"][name])
-            ahead += part.values()
-        elif isinstance(part, list):
-            ahead += part
-    return found
-
-
-def changes(before: str, after: str) -> list[str]:
-    """What differs between two normalised documents: one line per path, "- " gone, "+ " new, "~ " changed."""
-    old, new = dict(_leaves(json.loads(before), ())), dict(_leaves(json.loads(after), ()))
-    return [line for loc in sorted({*old, *new}, key=yaml_text.path_text) for line in _change(loc, old, new)]
-
-
-def _change(loc: Loc, old: Mapping[Loc, str], new: Mapping[Loc, str]) -> Iterable[str]:
-    path = yaml_text.path_text(loc)
-    if loc not in new:
-        return [f"- {path}: {old[loc]}"]
-    if loc not in old:
-        return [f"+ {path}: {new[loc]}"]
-    return [f"~ {path}: {old[loc]} -> {new[loc]}"] if old[loc] != new[loc] else []
-
-
-def _leaves(value: Any, loc: Loc) -> Iterator[tuple[Loc, str]]:
-    if isinstance(value, dict) and (value or not loc):
-        for key, inner in value.items():
-            yield from _leaves(inner, (*loc, key))
-    else:
-        yield loc, json.dumps(value, ensure_ascii=False)
