@@ -28,6 +28,7 @@ from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 
 from gateway.db.database import Database
 from gateway.ledger.entries import Beat, Close, Ending, Operation, Record, Reservation, Reserve, Spend
+from gateway.ledger.sql import Statements
 from gateway.ledger.transaction import Journaled, Outcome, Taken, commit, take_over
 from gateway.ledger.work import Alert
 from policies.budget import Account
@@ -295,15 +296,13 @@ class Ledger:
             await self._submit(Beat())
 
     def _leave(self, connection: Connection) -> None:
-        placeholder = "%s" if connection.dialect.name == "postgresql" else "?"
-        connection.exec_driver_sql(f"DELETE FROM ledger_gateways WHERE id={placeholder}", (self.gateway_id,))
+        Statements(connection).run("DELETE FROM ledger_gateways WHERE id=?", self.gateway_id)
 
 
 def _dead(connection: Connection, now: float) -> list[str]:
-    placeholder = "%s" if connection.dialect.name == "postgresql" else "?"
-    found = connection.exec_driver_sql(
-        f"SELECT id FROM ledger_gateways WHERE lease_until < {placeholder} UNION SELECT gateway_id FROM ledger_requests"
+    found = Statements(connection).run(
+        "SELECT id FROM ledger_gateways WHERE lease_until < ? UNION SELECT gateway_id FROM ledger_requests"
         " WHERE state='open' AND gateway_id NOT IN (SELECT id FROM ledger_gateways) ORDER BY 1",
-        (now,),
+        now,
     )
     return [row[0] for row in found]

@@ -50,7 +50,7 @@ class RequestRow(NamedTuple):
     source: str = ""
 
 
-_REQUEST_COLUMNS = ", ".join(RequestRow._fields)
+REQUEST_COLUMNS = ", ".join(RequestRow._fields)
 
 
 class Holds(msgspec.Struct, array_like=True, frozen=True):
@@ -96,12 +96,12 @@ class Work:
         )
 
     def open_rows(self, ids: Iterable[str]) -> dict[str, RequestRow]:
-        rows = self.statements.locked(_REQUEST_COLUMNS, "ledger_requests", ids, "AND state='open'")
+        rows = self.statements.locked(REQUEST_COLUMNS, "ledger_requests", ids, "AND state='open'")
         return {row[0]: RequestRow._make(row) for row in rows}
 
     def open_rows_of(self, gateway_id: str) -> dict[str, RequestRow]:
         rows = self.statements.for_update(
-            f"SELECT {_REQUEST_COLUMNS} FROM ledger_requests WHERE gateway_id=? AND state='open' ORDER BY id",
+            f"SELECT {REQUEST_COLUMNS} FROM ledger_requests WHERE gateway_id=? AND state='open' ORDER BY id",
             gateway_id,
         )
         return {row[0]: RequestRow._make(row) for row in rows}
@@ -189,7 +189,7 @@ class Work:
     def record(self, records: Sequence[Record]) -> set[str]:
         """Note usage that nothing was reserved for; the ids that were not known yet."""
         rows = {record.spend.id: self._settled_row(record) for record in records}
-        new = self.statements.inserted("ledger_requests", _REQUEST_COLUMNS, list(rows.values()))
+        new = self.statements.inserted("ledger_requests", REQUEST_COLUMNS, list(rows.values()))
         for record in records:
             usage = record.ending.usage
             if record.spend.id in new and usage is not None:
@@ -202,7 +202,7 @@ class Work:
     def write(self) -> list[Alert]:
         statements = self.statements
         if self._opened:
-            new = statements.inserted("ledger_requests", _REQUEST_COLUMNS, list(self._opened.values()))
+            new = statements.inserted("ledger_requests", REQUEST_COLUMNS, list(self._opened.values()))
             if len(new) < len(self._opened):
                 raise InvalidRequest("a request with this id has a reservation already")
         statements.many(
