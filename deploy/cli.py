@@ -118,6 +118,12 @@ def admin_token(ctx: typer.Context) -> None:
     _call("deploy.admin_cli", "app", ctx)
 
 
+@app.command(context_settings=_PASS_ON)
+def load(ctx: typer.Context) -> None:
+    """Send load to any OpenAI-shaped server and judge it."""
+    _call("deploy.load_cli", "app", ctx)
+
+
 def main() -> None:
     """Console script: our own errors are one line on stderr and exit status 1, never a traceback."""
     try:

@@ -4,7 +4,16 @@
     small = scaled(requests, length_scale=32, rate_scale=2.0)
 
 Mooncake (jsonl: timestamp in ms, input_length, output_length, hash_ids of 512-token blocks, equal ids meaning equal
-prefixes) and Azure (csv: TIMESTAMP, ContextTokens, GeneratedTokens). A line that cannot be read is named by its number.
+prefixes), Azure (csv: TIMESTAMP, ContextTokens, GeneratedTokens) and traffic that a gateway recorded (jsonl, below). A
+line that cannot be read is named by its number.
+
+Recorded traffic holds hashes, lengths and times, never a prompt. One JSON object a line:
+
+    {"time": 1764000000.125, "prompt_tokens": 70, "output_tokens": 12, "block_tokens": 16, "hashes": ["9f3c…", …]}
+
+time: seconds, of any epoch. hashes: hexadecimal, one per full block of the prompt in order, each chained to the one
+before (as `replicas.protocol.block_hash` is), so that equal hashes mean equal prefixes; may be left out. Other keys are
+ignored.
 """
 
 from __future__ import annotations
@@ -44,12 +53,12 @@ class TraceRequest:
 
 
 def read_trace(path: str | Path, limit: int | None = None) -> list[TraceRequest]:
-    """Every request of a .jsonl (Mooncake) or .csv (Azure) trace, or the first `limit`, in the order of arrival.
+    """Every request of a .jsonl (Mooncake or recorded) or .csv (Azure) trace, or the first `limit`, by arrival.
 
     Raises TraceError naming the first bad line, OSError where the file cannot be opened.
     """
     reader: Callable[[Iterable[str], str | Path], Iterator[TraceRequest]]
-    reader = {".jsonl": _mooncake, ".csv": _azure}.get(Path(path).suffix, _unknown)
+    reader = {".jsonl": _jsonl, ".csv": _azure}.get(Path(path).suffix, _unknown)
     found: list[TraceRequest] = []
     with open(path, encoding="utf-8", newline="") as lines:
         try:
@@ -90,28 +99,54 @@ def mean_rate(requests: Sequence[TraceRequest]) -> float:
     return (len(requests) - 1) / span if span > 0 else float("inf")
 
 
-def _mooncake(lines: Iterable[str], path: str | Path) -> Iterator[TraceRequest]:
+def _jsonl(lines: Iterable[str], path: str | Path) -> Iterator[TraceRequest]:
+    """Mooncake or recorded, as the first line's keys say."""
+    read: Callable[[dict[str, Any], str | Path, int], TraceRequest] | None = None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise TraceError(path, number, f"not JSON: {error}") from None
         if not isinstance(record, dict):
             raise TraceError(path, number, "not a JSON object")
-        prompt = _count(record.get("input_length"), "input_length", path, number)
-        ids = record.get("hash_ids")
-        if not isinstance(ids, list) or not all(type(one) is int for one in ids):
-            raise TraceError(path, number, "hash_ids must be a list of integers")
-        if len(ids) < prompt // MOONCAKE_BLOCK_TOKENS:
-            raise TraceError(path, number, f"{len(ids)} hash_ids are too few for an input_length of {prompt}")
-        yield TraceRequest(
-            _number(record.get("timestamp"), "timestamp", path, number) / 1000,
-            prompt,
-            _count(record.get("output_length"), "output_length", path, number),
-            tuple(ids),
-        )
+        if read is None:
+            read = _recorded if "prompt_tokens" in record else _mooncake
+        yield read(record, path, number)
+
+
+def _mooncake(record: dict[str, Any], path: str | Path, number: int) -> TraceRequest:
+    prompt = _count(record.get("input_length"), "input_length", path, number)
+    ids = record.get("hash_ids")
+    if not isinstance(ids, list) or not all(type(one) is int for one in ids):
+        raise TraceError(path, number, "hash_ids must be a list of integers")
+    if len(ids) < prompt // MOONCAKE_BLOCK_TOKENS:
+        raise TraceError(path, number, f"{len(ids)} hash_ids are too few for an input_length of {prompt}")
+    return TraceRequest(
+        _number(record.get("timestamp"), "timestamp", path, number) / 1000,
+        prompt,
+        _count(record.get("output_length"), "output_length", path, number),
+        tuple(ids),
+    )
+
+
+def _recorded(record: dict[str, Any], path: str | Path, number: int) -> TraceRequest:
+    prompt = _count(record.get("prompt_tokens"), "prompt_tokens", path, number)
+    output = _count(record.get("output_tokens"), "output_tokens", path, number)
+    block = _count(record.get("block_tokens", MOONCAKE_BLOCK_TOKENS), "block_tokens", path, number)
+    hashes = record.get("hashes", [])
+    if not isinstance(hashes, list) or not all(isinstance(one, str) for one in hashes):
+        raise TraceError(path, number, "hashes must be a list of hexadecimal strings")
+    if block < 1:
+        raise TraceError(path, number, "block_tokens must be at least 1")
+    if hashes and len(hashes) < prompt // block:
+        raise TraceError(path, number, f"{len(hashes)} hashes are too few for prompt_tokens of {prompt}")
+    try:
+        ids = tuple(int(one, 16) for one in hashes)
+    except ValueError:
+        raise TraceError(path, number, "hashes must be a list of hexadecimal strings") from None
+    return TraceRequest(_number(record.get("time"), "time", path, number), prompt, output, ids, block)
 
 
 def _azure(lines: Iterable[str], path: str | Path) -> Iterator[TraceRequest]:
@@ -144,7 +179,7 @@ def _azure(lines: Iterable[str], path: str | Path) -> Iterator[TraceRequest]:
 
 
 def _unknown(lines: Iterable[str], path: str | Path) -> Iterator[TraceRequest]:
-    raise TraceError(path, 1, "a trace ends in .jsonl (Mooncake) or .csv (Azure)")
+    raise TraceError(path, 1, "a trace ends in .jsonl (Mooncake or recorded) or .csv (Azure)")
 
 
 def _count(value: Any, name: str, path: str | Path, line: int) -> int:
