@@ -121,10 +121,9 @@ def _check(text: str, name: str, fleet: Path | None, database: str) -> tuple[Pol
 
 
 def _summary(document: PolicyDocument) -> str:
-    sections = [
-        f"{len(value)} {name}" for name in ("models", "groups", "aliases") if (value := getattr(document, name))
-    ]
-    return ", ".join([*sections, f"replicas by {document.affinity.policy}"])
+    sections = {name: getattr(document, name) for name in ("models", "groups", "aliases")}
+    named = [f"{name} {', '.join(entries)}" for name, entries in sections.items() if entries]
+    return "; ".join([*named, f"replicas by {document.affinity.policy}"])
 
 
 @app.command()

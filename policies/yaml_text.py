@@ -47,14 +47,13 @@ class Mistake:
 
 
 class DocumentError(ConfigError):
-    """A text that is refused. `mistakes`, at least one, are also the lines of `message`."""
+    """A text that is refused. `mistakes`, one to MAX_SHOWN, are also the lines of `message`; `more` were left out."""
 
-    def __init__(self, name: str, mistakes: Sequence[Mistake]) -> None:
-        shown = [f"{name}:{one.line}: {one.path}: {one.message}".replace(": : ", ": ") for one in mistakes[:MAX_SHOWN]]
-        if len(mistakes) > MAX_SHOWN:
-            shown.append(f"and {len(mistakes) - MAX_SHOWN} more")
-        super().__init__("\n".join(shown), param=mistakes[0].path or None)
-        self.mistakes = tuple(mistakes)
+    def __init__(self, name: str, mistakes: Sequence[Mistake], more: int = 0) -> None:
+        more += max(0, len(mistakes) - MAX_SHOWN)
+        self.mistakes = tuple(mistakes[:MAX_SHOWN])
+        shown = [f"{name}:{one.line}: {f'{one.path}: ' if one.path else ''}{one.message}" for one in self.mistakes]
+        super().__init__("\n".join([*shown, f"and {more} more"] if more else shown), param=mistakes[0].path or None)
 
 
 class YamlText:
@@ -65,13 +64,15 @@ class YamlText:
         self.data = data
         self._lines = lines
 
-    def explain(self, wrong: Iterable[tuple[Loc, str]]) -> DocumentError:
+    def explain(self, wrong: Iterable[tuple[Loc, str]], more: int = 0) -> DocumentError:
         """The error to raise for these (path, message) pairs; a path may end in a key that is missing."""
-        return DocumentError(self.name, [self._mistake(loc, message) for loc, message in wrong])
+        return DocumentError(self.name, [self._mistake(loc, message) for loc, message in wrong], more)
 
     def explain_validation(self, error: ValidationError, model: type[BaseModel]) -> DocumentError:
         """The same for what pydantic found when it validated `data` as `model`."""
-        return self.explain((self._loc(one), _message(one, model)) for one in error.errors(include_url=False))
+        problems = error.errors(include_url=False)
+        wrong = [(self._loc(one), _message(one, model)) for one in problems[:MAX_SHOWN]]
+        return self.explain(wrong, len(problems) - len(wrong))
 
     def _mistake(self, loc: Loc, message: str) -> Mistake:
         known = loc
@@ -153,14 +154,21 @@ class _Builder:
     def __init__(self) -> None:
         self.lines: dict[Loc, int] = {}
         self.mistakes: list[Mistake] = []
-        self._nodes = 0
+        self._nodes = self._depth = 0
         self._too_large = False
 
     def build(self, node: yaml.Node, loc: Loc, key_line: int = 0) -> Any:
+        self._depth += 1
+        try:
+            return self._build(node, loc, key_line)
+        finally:
+            self._depth -= 1
+
+    def _build(self, node: yaml.Node, loc: Loc, key_line: int) -> Any:
         line = self.lines[loc] = key_line or node.start_mark.line + 1
         self._nodes += 1
         # an alias may hold itself, or ten of something that holds ten
-        if len(loc) > MAX_DEPTH or self._nodes > MAX_NODES:
+        if self._depth > MAX_DEPTH + 1 or self._nodes > MAX_NODES:
             if not self._too_large:
                 self.mistakes.append(Mistake(line, "", "is too large, or its aliases make it so"))
             self._too_large = True
