@@ -21,7 +21,7 @@ FOREVER_S = 3600.0
 
 @dataclass(slots=True)
 class Exchange:
-    """One request being answered. `seen`: requests for the same model name before this one."""
+    """One request being answered. seen: requests for the same model name before this one; served: on this socket."""
 
     writer: asyncio.StreamWriter
     path: str
@@ -29,6 +29,7 @@ class Exchange:
     body: Mapping[str, Any]
     params: Mapping[str, str]
     seen: int
+    served: int = 0
     keep: bool = True
     framed: bool = True
     line_end: str = "\n"
@@ -229,6 +230,13 @@ async def ended(x: Exchange) -> None:
     await x.end()
 
 
+async def closes_idle(x: Exchange) -> None:
+    """A right answer; the next request on the same connection is met with a close, as if it had been idle too long."""
+    if x.served:
+        return x.cut(reset=x.params.get("how") == "reset")
+    await normal(x)
+
+
 async def until_closed(x: Exchange) -> None:
     """A body without length, ended by closing, HTTP/1.0's way: whole, or cut with cut=1."""
     x.keep = x.framed = False
@@ -360,7 +368,7 @@ SCRIPTS: Mapping[str, Script] = {
     script.__name__.replace("_", "-"): script
     for script in (
         normal, whole, hang_before_headers, hang_before_first_token, ping_forever, hang_mid_stream, reset, close, ended,
-        until_closed, no_done, only_done, garbage, status, redirect, huge_header, error_event, refuses, tool_calls,
-        content_type, odd_framing,
+        closes_idle, until_closed, no_done, only_done, garbage, status, redirect, huge_header, error_event, refuses,
+        tool_calls, content_type, odd_framing,
     )
 }  # fmt: skip

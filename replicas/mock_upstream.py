@@ -79,6 +79,7 @@ class MockUpstream:
         self.connections += 1
         self.open_connections += 1
         head = None
+        served = 0
         try:
             head = asyncio.ensure_future(_head(reader))
             while (request := await head) is not None:
@@ -86,8 +87,9 @@ class MockUpstream:
                 body = await _body(reader, headers)
                 # reading on is how a server learns that its client has left
                 head = asyncio.ensure_future(_head(reader))
-                if not await self._answer(writer, Received(method, path, headers, body), head):
+                if not await self._answer(writer, Received(method, path, headers, body), head, served):
                     break
+                served += 1
         except (OSError, asyncio.IncompleteReadError, ValueError):
             pass  # the client broke off, or does not speak HTTP
         finally:
@@ -97,9 +99,12 @@ class MockUpstream:
             writer.close()
             self.open_connections -= 1
 
-    async def _answer(self, writer: asyncio.StreamWriter, received: Received, head: asyncio.Future[Any]) -> bool:
+    async def _answer(
+        self, writer: asyncio.StreamWriter, received: Received, head: asyncio.Future[Any], served: int
+    ) -> bool:
         """Play the script; whether the connection may be used again."""
         name, exchange = self._script(writer, received)
+        exchange.served = served
         self.in_progress += 1
         playing = asyncio.ensure_future(SCRIPTS[name](exchange) if name else self._books(exchange))
         try:

@@ -32,6 +32,7 @@ from replicas.upstream_ask import Mode, body, headers, plainer, trace_headers
 from replicas.upstream_clock import Patience
 from replicas.upstream_config import Upstream, read_key
 from replicas.upstream_errors import Complaint, Refusals, UpstreamBusy, UpstreamLost, UpstreamTimeout, complaint, short
+from replicas.upstream_http import Fresh, drain, following, read, utf8
 from replicas.upstream_messages import UpstreamChunk, UpstreamRequest, UpstreamUsage
 from replicas.upstream_sse import EventReader, EventTooLarge
 from replicas.upstream_tokens import Count, counter
@@ -42,11 +43,13 @@ Chunks = AsyncGenerator[list[UpstreamChunk], None]
 Settle = Callable[[UpstreamUsage], None]
 
 _MAX_ERROR_BYTES = 64 * 1024
-# The tail of a whole answer, usage and [DONE], and after that the end of the body, without which a connection cannot be
-# used again. Neither is worth more waiting.
-_TAIL_S, _DRAIN_S = 2.0, 0.05
+# What may follow once every choice has ended, usage and [DONE], is not worth more waiting.
+_TAIL_S = 2.0
 # For an answer in one piece, which shows no life before it is there; the time that OpenAI's own client allows.
 _WHOLE_S = 600.0
+# A server may close an idle connection at the moment at which it is used again; then nothing was answered, and the
+# request goes out once more. So often at most, before it is given to whatever connection there is.
+_STALE_TRIES = 3
 _incarnations = itertools.count(1)
 
 
@@ -208,7 +211,7 @@ class UpstreamConnection:
             if response.status_code == 200:
                 return response
             try:
-                refusal = await patience.wait(partial(_read, response, _MAX_ERROR_BYTES, cut=True))
+                refusal = await patience.wait(partial(read, response, _MAX_ERROR_BYTES, cut=True))
             finally:
                 await response.aclose()
             said = complaint(refusal) if response.status_code in (400, 422, 501) else Complaint()
@@ -238,6 +241,13 @@ class UpstreamConnection:
             extensions={"timeout": {"connect": timeouts.connect_s, "pool": timeouts.connect_s}},
         )
         with self._translated():
+            for _ in range(_STALE_TRIES):
+                fresh = message.extensions["trace"] = Fresh()
+                try:
+                    return await self._transport.handle_async_request(message)
+                except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
+                    if fresh.connected:
+                        raise
             return await self._transport.handle_async_request(message)
 
     # -------------------------------------------------------------------------------------------------- receiving
@@ -248,8 +258,8 @@ class UpstreamConnection:
         kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind == "application/json":
             with self._translated():
-                whole = await patience.wait(partial(_read, response, self.upstream.max_answer_bytes))
-            ready = answer.take_whole(_utf8(whole))
+                whole = await patience.wait(partial(read, response, self.upstream.max_answer_bytes))
+            ready = answer.take_whole(utf8(whole))
             self._mode = Mode.WHOLE  # a server that was asked to stream and did this cannot
             yield [*ready, answer.terminal(self.count)]
         elif kind == "text/event-stream":
@@ -283,12 +293,12 @@ class UpstreamConnection:
                     return
         finally:
             if answer.done:
-                await _drain(pieces)
+                await drain(pieces)
 
     async def _next(self, pieces: AsyncIterator[bytes], answer: Answer, patience: Patience) -> bytes | None:
         """The next bytes, None at the end; whatever breaks once all choices have ended is the end too."""
         try:
-            return await patience.wait(lambda: _anext(pieces))
+            return await patience.wait(lambda: following(pieces))
         except (UpstreamTimeout, UpstreamLost):
             if answer.complete:
                 return None
@@ -347,39 +357,3 @@ def _take(
     except SignalboxError as error:
         return ready, error
     return ready, None
-
-
-def _utf8(body: bytes) -> str:
-    try:
-        return body.decode()
-    except UnicodeDecodeError:
-        raise UpstreamLost("the upstream sent something that is not UTF-8") from None
-
-
-async def _read(response: httpx.Response, most: int, *, cut: bool = False) -> bytes:
-    """The body, at most `most` bytes of it; what is longer is cut or an error."""
-    body = bytearray()
-    try:
-        async for piece in response.aiter_raw():
-            body += piece
-            if len(body) > most:
-                if cut:
-                    break
-                raise UpstreamLost("the upstream's answer is larger than allowed")
-    except httpx.TransportError:
-        if not cut:
-            raise
-    return bytes(body[:most])
-
-
-async def _anext(pieces: AsyncIterator[bytes]) -> bytes | None:
-    return await anext(pieces, None)
-
-
-async def _drain(pieces: AsyncIterator[bytes]) -> None:
-    """Read the end of the body, so that the connection can be used again; given up at once if there is more."""
-    try:
-        async with asyncio.timeout(_DRAIN_S):
-            await anext(pieces, None)
-    except (TimeoutError, SignalboxError):
-        pass

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from replicas.protocol import SignalboxError
+from replicas.protocol import NotSupported, SignalboxError
 from replicas.upstream_errors import Refusals, UpstreamLost
 from replicas.upstream_messages import UpstreamChunk, UpstreamRequest, UpstreamUsage
 from replicas.upstream_tokens import Count
@@ -37,6 +37,7 @@ class Answer:
         self._refusals = refusals
         self._open = set(range(request.choices))
         self._said: list[str] = []
+        self._spoke: set[int] = set()
         self._calls: dict[int, int] = {}
         self._usage: UpstreamUsage | None = None
         self.events = 0
@@ -50,17 +51,13 @@ class Answer:
     @property
     def begun(self) -> bool:
         """Something was said or ended."""
-        return bool(self._said) or len(self._open) < self._request.choices
+        return bool(self._spoke) or len(self._open) < self._request.choices
 
     def take(self, data: str) -> list[UpstreamChunk]:
         """Chunks of one event's data. Raises what the upstream reports; UpstreamLost for what makes no sense."""
         if data == _DONE:
             self.done = True
-            if self.complete:
-                return []
-            if not self._said:
-                raise UpstreamLost("the upstream ended its answer before it began")
-            return [self._chunk(index, finish_reason="stop") for index in sorted(self._open)]
+            return self._last()
         if not data.strip():
             return []
         return self._event(_object(data))
@@ -68,10 +65,8 @@ class Answer:
     def take_whole(self, body: str) -> list[UpstreamChunk]:
         """Chunks of an answer that was not streamed."""
         chunks = self._event(_object(body))
-        if not self.complete:
-            raise UpstreamLost("the upstream's answer has fewer choices than were asked for")
         self.done = True
-        return chunks
+        return chunks + self._last()
 
     def terminal(self, count: Count) -> UpstreamChunk:
         return UpstreamChunk(request_id=self._request.request_id, usage=self.usage(count))
@@ -85,6 +80,15 @@ class Answer:
         )
 
     # ------------------------------------------------------------------------------------------------------- inside
+
+    def _last(self) -> list[UpstreamChunk]:
+        """What is left to say when the server says that this was all."""
+        if not self.begun:
+            raise UpstreamLost("the upstream ended its answer before it began")
+        if not self._open <= self._spoke:
+            # not a fault of its health: it will do the same next time
+            raise NotSupported("the upstream gave fewer choices than were asked for; ask it for one", param="n")
+        return [self._chunk(index, finish_reason="stop") for index in sorted(self._open)]
 
     def _event(self, event: Mapping[str, Any]) -> list[UpstreamChunk]:
         if event.get("error") or event.get("object") == "error":
@@ -129,6 +133,7 @@ class Answer:
         logprobs: Mapping[str, Any] | None = None,
         finish_reason: str | None = None,
     ) -> UpstreamChunk:
+        self._spoke.add(index)
         if finish_reason is not None:
             self._open.discard(index)
             finish_reason = _REASONS.get(finish_reason, finish_reason)
@@ -156,6 +161,7 @@ class Answer:
         delta = {name: value for name, value in given.items() if name != "role" and value not in (None, "", [])}
         if "tool_calls" in delta:
             delta["tool_calls"] = self._tool_calls(index, delta["tool_calls"])
+            delta.pop("function_call", None)  # llama-cpp-python says the same a second time in the older form
         content = delta.get("content", "")
         if not isinstance(content, str):
             raise _nonsense("content")

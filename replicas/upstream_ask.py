@@ -49,10 +49,13 @@ def headers(key: str | None) -> dict[str, str]:
 
 
 def trace_headers(request: UpstreamRequest) -> dict[str, str]:
-    """The request's own id and the caller's trace, as far as they are fit for headers."""
+    """The request's own id and the caller's trace, as far as they are fit for headers.
+
+    The id goes by OpenAI's name for a client's own: as x-request-id llama-cpp-python refuses all that are not UUIDs.
+    """
     given: dict[str, str] = {}
     if _HEADER.fullmatch(request.request_id):
-        given["x-request-id"] = request.request_id
+        given["x-client-request-id"] = request.request_id
     if request.traceparent is not None and _TRACEPARENT.fullmatch(request.traceparent):
         given["traceparent"] = request.traceparent
         if request.tracestate is not None and _HEADER.fullmatch(request.tracestate):

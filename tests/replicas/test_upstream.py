@@ -148,7 +148,7 @@ async def test_what_goes_out_is_the_callers_body_under_the_upstreams_name(bench:
     assert got.headers["authorization"] == f"Bearer {KEY}"
     assert got.headers["traceparent"] == trace
     assert got.headers["tracestate"] == "a=b"
-    assert got.headers["x-request-id"] == "r1"
+    assert got.headers["x-client-request-id"] == "r1"
     assert got.headers["accept-encoding"] == "identity"
 
 
@@ -262,6 +262,21 @@ async def test_connections_are_used_again_and_idle_ones_are_closed(bench: Bench)
     assert conn.open_connections == 0
     await bench.ask(conn)
     assert bench.mock.connections == 2
+
+
+@pytest.mark.parametrize("how", ["close", "reset"])
+async def test_a_connection_that_was_closed_while_idle_costs_no_request(bench: Bench, how: str) -> None:
+    """The server closes just when the next request goes out; a single upstream has nowhere else to send it."""
+    conn = await bench.connect(f"closes-idle:how={how}")
+    for _ in range(3):
+        assert text(await bench.ask(conn))
+    assert bench.mock.connections == 3
+
+
+async def test_a_fresh_connection_that_breaks_is_not_tried_again(bench: Bench) -> None:
+    error, _ = await bench.fails(await bench.connect("reset:after=-1"))
+    assert isinstance(error, UpstreamLost)
+    assert len(bench.mock.received) == 1
 
 
 # ------------------------------------------------------------------------------------------------- hangs and deadlines

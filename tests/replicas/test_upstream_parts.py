@@ -15,6 +15,7 @@ from replicas.protocol import (
     ConfigError,
     ContextLengthExceeded,
     InvalidRequest,
+    NotSupported,
     PayloadTooLarge,
     QueueFull,
     SignalboxError,
@@ -287,8 +288,22 @@ def test_an_error_event_is_read_like_a_status() -> None:
 
 
 def test_a_whole_answer_with_too_few_choices_is_an_error() -> None:
-    with pytest.raises(UpstreamLost):
+    with pytest.raises(NotSupported) as error:
         answer(n=2).take_whole('{"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]}')
+    assert error.value.param == "n"
+    reading = answer(n=2)
+    reading.take(event({"content": "x"}, finish_reason="stop"))
+    with pytest.raises(NotSupported):
+        reading.take("[DONE]")
+
+
+def test_a_call_told_in_both_forms_is_told_once() -> None:
+    """llama-cpp-python 0.3 puts the older function_call next to tool_calls, and clients would run it twice."""
+    call = {"index": 0, "id": "a", "function": {"name": "f", "arguments": ""}}
+    [chunk] = answer().take(event({"tool_calls": [call], "function_call": {"name": "f", "arguments": ""}}))
+    assert chunk.delta == {"tool_calls": [call]}
+    [chunk] = answer().take(event({"function_call": {"name": "f", "arguments": ""}}))
+    assert chunk.delta == {"function_call": {"name": "f", "arguments": ""}}
 
 
 # ------------------------------------------------------------------------------------------------------------- tokens
