@@ -8,13 +8,11 @@ default is written there and nowhere else.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -28,6 +26,7 @@ from pydantic import (
 )
 
 from gateway.config import GatewayConfig, Limits, Retries, ServedModel
+from policies import yaml_text
 from replicas.engine.config import EngineConfig
 from replicas.fake import FakeSettings
 from replicas.protocol import ConfigError
@@ -174,9 +173,6 @@ class OpenAIGroup(UpstreamSettings, ModelGroup):  # type: ignore[valid-type, mis
         return Upstream(**given, timeouts=UpstreamTimeouts(**_given(self.timeouts)))
 
 
-_GROUPS: dict[str, type[ModelGroup]] = {"signalbox": SignalboxGroup, "fake": FakeGroup, "openai": OpenAIGroup}
-
-
 def _engine_of(group: Any) -> str:
     engine = group.get("engine", "signalbox") if isinstance(group, dict) else getattr(group, "engine", "signalbox")
     return str(engine)
@@ -267,75 +263,8 @@ def load(path: Path) -> Fleet:
 
 def parse(text: str, name: str = "fleet") -> Fleet:
     """`load` for text; `name` stands for the file in error messages."""
+    source = yaml_text.read(text, name)
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        document = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{name} is not valid YAML: {error}") from error
-    if root is None or not isinstance(document, dict):
-        raise ConfigError(f"{name} must be a mapping with the key 'models'")
-    repeated = [f"{name}:{line}: {key} is given twice" for line, key in _repeated_keys(root)]
-    if repeated:
-        raise ConfigError("\n".join(repeated))
-    try:
-        return Fleet.model_validate(document)
+        return Fleet.model_validate(source.data)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explained(error, root, name))) from None
-
-
-def _explained(error: ValidationError, root: yaml.Node, name: str) -> Iterator[str]:
-    """One line for each mistake: file:line: path: what is wrong."""
-    for mistake in error.errors():
-        line, path, model = _locate(root, mistake["loc"])
-        message = mistake["msg"].removeprefix("Value error, ")
-        if mistake["type"] == "extra_forbidden":
-            key = str(mistake["loc"][-1])
-            near = difflib.get_close_matches(key, model.model_fields, n=1)
-            known = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(model.model_fields)}"
-            message = f"unknown key; {known}"
-        yield f"{name}:{line}: {path or 'fleet'}: {message}"
-
-
-def _locate(root: yaml.Node, loc: Iterable[int | str]) -> tuple[int, str, type[BaseModel]]:
-    """(line, path as written in the file, section that holds the last key) of pydantic's location."""
-    node, line, path = root, root.start_mark.line + 1, ""
-    section: type[BaseModel] = Fleet
-    holder = section
-    for part in loc:
-        if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            node, path = node.value[part], f"{path}[{part}]"
-            line = node.start_mark.line + 1
-        elif (entry := _entry(node, part)) is not None:
-            key, node = entry
-            line, path = key.start_mark.line + 1, f"{path}.{part}".lstrip(".")
-            holder, section = section, _section_of(section, str(part))
-        elif part in _GROUPS:  # pydantic puts the union's tag into the location
-            section = _GROUPS[str(part)]
-        else:  # a key that is missing
-            path = f"{path}.{part}".lstrip(".")
-    return line, path, holder
-
-
-def _entry(node: yaml.Node, key: int | str) -> tuple[yaml.Node, yaml.Node] | None:
-    if isinstance(node, yaml.MappingNode):
-        return next(((k, v) for k, v in node.value if k.value == str(key)), None)
-    return None
-
-
-def _section_of(model: type[BaseModel], key: str) -> type[BaseModel]:
-    field = model.model_fields.get(key)
-    annotation = field.annotation if field else None
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else model
-
-
-def _repeated_keys(node: yaml.Node | None) -> Iterator[tuple[int, str]]:
-    if isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            yield from _repeated_keys(item)
-    elif isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, value in node.value:
-            if key.value in seen:
-                yield key.start_mark.line + 1, repr(key.value)
-            seen.add(key.value)
-            yield from _repeated_keys(value)
+        raise source.explain_validation(error, Fleet) from None

@@ -53,7 +53,7 @@ def test_only_what_the_file_sets_is_passed_on() -> None:
          "autoscaling is not supported yet"),
         (FAKE + "    replicas: {min: 0, max: 0}\n", "f.yaml:4: models[0].replicas.min: "),
         (FAKE + "    source: x\n", "f.yaml:4: models[0].source: unknown key"),
-        (FAKE + "    engine: fake\n", "f.yaml:4: 'engine' is given twice"),
+        (FAKE + "    engine: fake\n", "f.yaml:4: models[0]: 'engine' is given twice"),
         (FAKE + "    aliases: [a]\n", "the name 'a' is used twice"),
         (FAKE + "    price: {input: -1}\n", "f.yaml:4: models[0].price.input: "),
         (FAKE + "    price: {input: .nan}\n", "f.yaml:4: models[0].price.input: "),
