@@ -16,7 +16,8 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from gateway import openapi
+from gateway import admin_requests, openapi
+from gateway.admin import Admin, create_router
 from gateway.answering import Answering, Kind
 from gateway.config import GatewayConfig, ServedModel
 from gateway.connection import Connect
@@ -24,12 +25,14 @@ from gateway.db.database import Database
 from gateway.directory import Directory
 from gateway.edge import EXCHANGE, Edge, header
 from gateway.errors import routing_error_body
-from gateway.explain import RecordBook
+from gateway.explain import EXPLAIN, RecordBook
 from gateway.fleet import Fleet
 from gateway.generate import CHAT, COMPLETION, Generate, Services
 from gateway.keys import KeyRing, load_secret
+from gateway.mailbox import Mailbox
 from gateway.metrics import Metrics
-from gateway.rules import FixedRules, ModelGroup, Rules, default_rules
+from gateway.policy_follower import PolicyFollower
+from gateway.rules import ModelGroup, Rules, compiler, fleet_names, rules_for
 from gateway.schemas import ErrorResponse, Health, ModelList, ModelObject
 from gateway.shadow import Shadows
 
@@ -41,6 +44,8 @@ class _Running:
     services: Services
     fleet: Fleet
     endpoints: dict[str, Generate]
+    admin: Admin
+    mailbox: Mailbox
 
 
 class _Gateway:
@@ -63,7 +68,7 @@ class _Gateway:
         """The generation that serves the caller's key; AuthenticationFailed."""
         services = self.running.services
         key = await services.keys.authenticate(header(request.scope, b"authorization"))
-        return services.rules.rules_for(key.id)
+        return await rules_for(services.policies, key.id)
 
     @asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncGenerator[None, None]:
@@ -79,21 +84,30 @@ class _Gateway:
             fleet = Fleet(config, self._directory, self._connect)
             stack.push_async_callback(fleet.aclose)
             fleet.start()
+            policies = PolicyFollower(database, config.gateway_id, fleet_names(config), compiler(config))
+            stack.push_async_callback(policies.aclose)
+            await policies.start()
+            admin = Admin(database, config.database_url, secret, names=fleet_names(config))
+            stack.push_async_callback(admin.aclose)
+            book = RecordBook()
+            mailbox = Mailbox(database, config.gateway_id, {EXPLAIN: book.explain})
+            stack.push_async_callback(mailbox.aclose)
+            await mailbox.start()
             answering = Answering(config, fleet, self.metrics)
             shadows = Shadows(answering, self.metrics)
             stack.push_async_callback(shadows.aclose)
             services = Services(
                 config=config,
                 keys=keys,
-                rules=FixedRules(default_rules(config)),
+                policies=policies,
                 answering=answering,
                 shadows=shadows,
                 metrics=self.metrics,
-                book=RecordBook(),
+                book=book,
             )
             endpoints = {kind.id_prefix: Generate(kind, services) for kind in (CHAT, COMPLETION)}
             self.metrics.follow(lambda: fleet.connections)
-            self._running = _Running(services, fleet, endpoints)
+            self._running = _Running(services, fleet, endpoints, admin, mailbox)
             try:
                 yield
             finally:
@@ -153,6 +167,10 @@ def create_app(config: GatewayConfig, directory: Directory, *, connect: Connect 
         _Endpoint(gateway, COMPLETION, "/v1/completions").route,
     ]
     _add_plain_routes(app, gateway)
+    app.include_router(create_router(lambda: gateway.running.admin))
+    app.include_router(
+        admin_requests.create_router(lambda: gateway.running.admin.tokens, lambda: gateway.running.mailbox)
+    )
     openapi.install(app)
     return app
 

@@ -9,6 +9,7 @@ import json
 import math
 from dataclasses import dataclass
 
+from gateway.explain import UnknownRequest
 from gateway.policy_errors import PolicyConflict, PublishRefused, UnknownGeneration
 from policies.yaml_text import DocumentError
 from replicas.protocol import (
@@ -50,6 +51,7 @@ TABLE: dict[type[SignalboxError], HttpError] = {
     PayloadTooLarge: HttpError(413, "invalid_request_error", "request_too_large"),
     DocumentError: HttpError(400, "invalid_request_error", "invalid_policy"),
     UnknownGeneration: HttpError(404, "invalid_request_error", "generation_not_found"),
+    UnknownRequest: HttpError(404, "invalid_request_error", "request_not_found"),
     PolicyConflict: HttpError(409, "invalid_request_error", "policy_conflict"),
     PublishRefused: HttpError(422, "invalid_request_error", "publish_refused"),
     RequestError: HttpError(400, "invalid_request_error", None),

@@ -15,7 +15,13 @@ from typing import Any
 from gateway.dispatch import Attempt, Job
 from policies.budget import Price, usd
 from policies.rightsize.choose import ModelChoice
-from replicas.protocol import Usage
+from replicas.protocol import RequestError, Usage
+
+EXPLAIN = "explain"  # the kind of question that a RecordBook answers
+
+
+class UnknownRequest(RequestError):
+    """No gateway remembers a request of that id."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -201,6 +207,11 @@ class RecordBook:
         if found is None or time.time() - found[0].at > self._keep.age_s:
             return None
         return found[0]
+
+    async def explain(self, request_id: str) -> dict[str, Any] | None:
+        """What the mailbox answers to other gateways."""
+        record = self.get(request_id)
+        return record.shown() if record is not None else None
 
     def _drop(self, request_id: str) -> None:
         gone = self._records.pop(request_id, None)

@@ -25,9 +25,10 @@ from gateway.explain import Record, RecordBook
 from gateway.keys import ApiKey, KeyRing
 from gateway.metrics import Metrics
 from gateway.models import Model
+from gateway.policy_follower import PolicyFollower
 from gateway.requests import ChatRequest, CompletionRequest
 from gateway.responses import DONE, ChatShape, Collected, CompletionShape, Envelope, EventWriter
-from gateway.rules import RulesSource
+from gateway.rules import Rules, rules_for
 from gateway.shadow import Shadows
 from replicas.protocol import SignalboxError, Usage
 
@@ -59,7 +60,7 @@ class Services:
 
     config: GatewayConfig
     keys: KeyRing
-    rules: RulesSource
+    policies: PolicyFollower[Rules]
     answering: Answering
     shadows: Shadows
     metrics: Metrics
@@ -79,7 +80,7 @@ class Generate:
         key = await services.keys.authenticate(header(scope, b"authorization"))
         laps.lap("auth")
         exchange: Exchange = scope[EXCHANGE]
-        rules = services.rules.rules_for(key.id)
+        rules = await rules_for(services.policies, key.id)
         record = self._record(exchange, key, rules.generation)
         services.book.add(record)
         try:

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from gateway.config import GatewayConfig, ServedModel
+from gateway.policy_follower import PolicyFollower
 from policies import prices
 from policies.budget import Price
-from policies.document import EMPTY, FleetNames, Group, PolicyDocument, Prices, load_predictors
+from policies.document import FleetNames, Group, PolicyDocument, Prices, load_predictors
 from policies.rightsize.cascade import Cascade
 from policies.rightsize.choose import PricedModel, Trade
 from policies.rightsize.guarantee import Promise
@@ -69,20 +69,11 @@ class Rules:
         yield from self.document.aliases
 
 
-class RulesSource(Protocol):
-    """Who knows which generation serves a key now."""
-
-    def rules_for(self, key_id: str) -> Rules: ...
-
-
-@dataclass(frozen=True, slots=True)
-class FixedRules:
-    """One generation for everybody."""
-
-    rules: Rules
-
-    def rules_for(self, key_id: str) -> Rules:
-        return self.rules
+async def rules_for(follower: PolicyFollower[Rules], key_id: str) -> Rules:
+    """By what a request of this key is served from here to its end. Unavailable while that cannot be known."""
+    if follower.stale:
+        await follower.refresh()
+    return follower.generation_for(key_id).compiled
 
 
 def fleet_names(config: GatewayConfig) -> FleetNames:
@@ -108,10 +99,6 @@ def compiler(config: GatewayConfig) -> Callable[[int, PolicyDocument], Rules]:
         return Rules(generation=generation, document=document, served=served, groups=groups, prices=priced)
 
     return compile_rules
-
-
-def default_rules(config: GatewayConfig) -> Rules:
-    return compiler(config)(0, EMPTY)
 
 
 def _price(model: ServedModel, document: PolicyDocument) -> Price:

@@ -4,7 +4,7 @@ It is a product, not a test double: gateways are measured against it and fleets 
 function of prompt, seed and choice alone. Tokens fall due on a time-table (prompts are computed one after another at
 `prefill_tokens_per_s`, then each choice brings a token every 1 / `tokens_per_s`), so a late step catches up and nothing
 drifts. Its distributions give one token the probability 1: temperature, penalties and bias are honoured by changing
-nothing, logprobs are refused.
+nothing; logprobs are one configured number, or refused.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tokenizers import Tokenizer
 
@@ -34,6 +34,7 @@ from replicas.protocol import (
     ModelCard,
     NotSupported,
     QueueFull,
+    TokenLogprob,
     Usage,
     prefix_root,
 )
@@ -49,7 +50,7 @@ class FakeSettings:
     fail_after_tokens: a request that has brought so many tokens ends in an EngineFault.
     raise_after_tokens: then `step` itself raises. hang_after_tokens: then `step` does not return.
     crash_after_tokens: then the process dies as by kill -9. refuse_as_full: every `add` raises QueueFull.
-    start_delay_s: the constructor takes so long.
+    start_delay_s: the constructor takes so long. logprob: what every token is said to have; None refuses logprobs.
     """
 
     tokens_per_s: float = 0.0
@@ -66,6 +67,7 @@ class FakeSettings:
     crash_after_tokens: int | None = None
     refuse_as_full: bool = False
     start_delay_s: float = 0.0
+    logprob: float | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -113,6 +115,7 @@ class FakeEngine:
         self._clock = clock
         self._card = card or fake_card(settings)
         self._script = script(tokenizer or byte_tokenizer())
+        self._bytes = dict(zip(self._script.token_ids, self._script.pieces, strict=True))
         self._waiting: deque[_Job] = deque()
         self._jobs: dict[str, _Job] = {}
         self._rows: list[_Row] = []
@@ -148,8 +151,8 @@ class FakeEngine:
         sampling.validate()
         if request.request_id in self._jobs:
             raise InvalidRequest(f"request {request.request_id!r} is already running")
-        if sampling.logprobs is not None:
-            raise NotSupported("the fake engine has no logprobs", param="logprobs")
+        if sampling.logprobs is not None and settings.logprob is None:
+            raise NotSupported("this fake engine has no logprobs", param="logprobs")
         if sampling.n > settings.max_num_seqs:
             raise InvalidRequest(f"n must not exceed max_num_seqs ({settings.max_num_seqs})", param="n")
         if not request.prompt_token_ids:
@@ -251,6 +254,7 @@ class FakeEngine:
             index=row.index,
             text=text,
             token_ids=(token,),
+            logprobs=self._logprobs(row, token),
             finish_reason=finish,
             usage=usage,
         )
@@ -267,6 +271,13 @@ class FakeEngine:
             return token, row.text.flush(), FinishReason.STOP
         text, stopped = row.text.push(piece, check_stop=may_stop)
         return token, text, FinishReason.STOP if stopped else None
+
+    def _logprobs(self, row: _Row, token: int) -> tuple[TokenLogprob, ...]:
+        wanted, logprob = row.job.request.sampling.logprobs, self.settings.logprob
+        if wanted is None or logprob is None:
+            return ()
+        alone = TokenLogprob(token, self._bytes.get(token, b""), logprob)
+        return (replace(alone, top=(alone,) * min(wanted, 1)),)
 
     def _misbehave(self, tokens: int) -> None:
         settings = self.settings

@@ -221,3 +221,22 @@ ledger_events = Table(
     Column("next_at", Float, index=True),
     Column("delivered_at", Float),
 )
+
+# What one process asks all gateways, and what each answered. Rows live for seconds.
+mailbox_questions = Table(
+    "mailbox_questions",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("kind", String(32), nullable=False),
+    Column("body", Text, nullable=False),
+    Column("asked_at", Float, nullable=False),
+    sqlite_autoincrement=True,
+)
+
+mailbox_answers = Table(
+    "mailbox_answers",
+    metadata,
+    Column("question", Integer, primary_key=True, autoincrement=False),
+    Column("gateway", String(64), primary_key=True),
+    Column("body", Text, nullable=False),
+)

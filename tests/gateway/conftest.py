@@ -17,12 +17,14 @@ import openai
 import pytest
 import uvicorn
 
+from gateway.admin_tokens import AdminTokenRegister
 from gateway.app import create_app
-from gateway.config import GatewayConfig, ServedModel
+from gateway.config import GatewayConfig, ServedModel, new_gateway_id
 from gateway.connection import Connect
 from gateway.directory import StaticDirectory
 from gateway.fleet import Fleet
 from gateway.keys import KeyRegister, load_secret
+from gateway.policy_register import PolicyRegister
 from replicas.fake import FakeEngine, FakeSettings, fake_card
 from replicas.protocol import (
     Chunk,
@@ -36,6 +38,8 @@ from replicas.protocol import (
 from replicas.server import ReplicaServer
 
 MODEL = "fake"
+# Names of tasks that run for as long as a gateway does.
+OWN_TASKS = ("keep-", "leave-", "fleet-", "key-", "snapshot-", "policy-", "mailbox")
 
 
 @dataclass
@@ -44,8 +48,8 @@ class Replica:
     server: ReplicaServer
 
     @classmethod
-    def start(cls, settings: FakeSettings, name: str) -> Replica:
-        engine = FakeEngine(settings, card=fake_card(settings, MODEL))
+    def start(cls, settings: FakeSettings, name: str, model: str = MODEL) -> Replica:
+        engine = FakeEngine(settings, card=fake_card(settings, model))
         server = ReplicaServer(engine, replica_id=name, incarnation=f"{name}-{time.monotonic_ns()}")
         server.start()
         return cls(engine, server)
@@ -150,8 +154,8 @@ class Gateway:
         addresses = [replica.server.address for replica in self.replicas]
         self.loop.call_soon_threadsafe(self.directory.publish, addresses)
 
-    def add(self, settings: FakeSettings | None = None, name: str = "") -> Replica:
-        replica = Replica.start(settings or FakeSettings(), name or f"r{len(self.replicas)}")
+    def add(self, settings: FakeSettings | None = None, name: str = "", model: str = MODEL) -> Replica:
+        replica = Replica.start(settings or FakeSettings(), name or f"r{len(self.replicas)}", model)
         self.replicas.append(replica)
         self.publish()
         return replica
@@ -161,14 +165,32 @@ class Gateway:
         self.publish()
 
     def wait_ready(self, count: int) -> None:
+        """Until so many replicas, of all models together, take work."""
         with self.http() as http:
-            self.wait_until(lambda: http.get("/health").json()["ready_replicas"][MODEL] == count)
+            self.wait_until(lambda: sum(http.get("/health").json()["ready_replicas"].values()) == count)
+
+    def config_of_another(self) -> GatewayConfig:
+        """Of a second gateway over the same fleet and database."""
+        return replace(self.config, gateway_id=new_gateway_id())
+
+    def register(self) -> PolicyRegister:
+        return PolicyRegister(self.config.database_url)
+
+    def admin_token(self) -> str:
+        with AdminTokenRegister(self.config.database_url, load_secret(self.config.state_dir)) as register:
+            return register.create(f"admin-{time.monotonic_ns()}")
+
+    def explain(self, request_id: str, token: str) -> list[dict[str, Any]]:
+        with self.http(headers={"authorization": f"Bearer {token}"}) as http:
+            answer = http.get(f"/admin/v1/requests/{request_id}")
+        assert answer.status_code == 200, answer.text
+        data: list[dict[str, Any]] = answer.json()["data"]
+        return data
 
     def request_tasks(self) -> list[asyncio.Task[Any]]:
         """Tasks that requests have started: all but the server's and the gateway's own."""
-        own = ("keep-", "leave-", "fleet-", "key-", "snapshot-")
         tasks = asyncio.all_tasks(self.loop) - self.server_tasks
-        return [task for task in tasks if not task.get_name().startswith(own)]
+        return [task for task in tasks if not task.get_name().startswith(OWN_TASKS)]
 
     @staticmethod
     def wait_until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
@@ -218,7 +240,9 @@ def running(config: GatewayConfig, key: str, connect: Connect | None = None) -> 
         while not server.started and not serving.done():
             await asyncio.sleep(0.002)
         gateway.server_tasks = {
-            task for task in asyncio.all_tasks() if not task.get_name().startswith(("keep-", "fleet-", "key-"))
+            task
+            for task in asyncio.all_tasks()
+            if not task.get_name().startswith(("keep-", "fleet-", "key-", "policy-", "mailbox"))
         }
         ready.set()
         await serving

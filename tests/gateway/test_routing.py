@@ -73,7 +73,7 @@ def test_a_gateway_that_starts_late_knows_what_replicas_hold(start_gateway: Star
         ask(http, LONG)
         known = len(LONG) // 16
         gateway.wait_until(lambda: indexed(gateway) >= known)
-        with running(gateway.config, gateway.key) as late:
+        with running(gateway.config_of_another(), gateway.key) as late:
             late.loop.call_soon_threadsafe(
                 late.directory.publish, [replica.server.address for replica in gateway.replicas]
             )
