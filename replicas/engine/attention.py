@@ -4,6 +4,8 @@ Layout of one layer's cache, the same for all backends (FlashAttention's paged l
 
     keys, values: [num_blocks, block_size, num_kv_heads, head_dim]
     slot = block * block_size + offset   addresses one token's row of either
+
+The inside of a block is contiguous; from one block to the next it may be any distance (`stride(0)`).
 """
 
 from __future__ import annotations
@@ -65,10 +67,10 @@ class TorchAttention:
         scale: float,
         window: int | None,
     ) -> Tensor:
-        keys, values = cache.keys.flatten(0, 1), cache.values.flatten(0, 1)
-        keys[batch.slot_mapping] = k.to(keys.dtype)
-        values[batch.slot_mapping] = v.to(values.dtype)
         block_size = cache.keys.shape[1]
+        where = batch.slot_mapping // block_size, batch.slot_mapping % block_size
+        cache.keys[where] = k.to(cache.keys.dtype)
+        cache.values[where] = v.to(cache.values.dtype)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         starts, lens = batch.query_start.tolist(), batch.context_lens.tolist()
         for i, length in enumerate(lens):

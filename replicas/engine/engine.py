@@ -16,13 +16,13 @@ import time
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 
-import numpy as np
 import torch
 
 from replicas.engine.attention import LayerCache
 from replicas.engine.blocks import BlockPool
 from replicas.engine.config import EngineConfig
 from replicas.engine.detokenizer import Detokenizer
+from replicas.engine.host_memory import host_zeros
 from replicas.engine.layout import Layout
 from replicas.engine.loading import Loaded, load
 from replicas.engine.memory import choose_num_blocks
@@ -329,17 +329,19 @@ class Engine:
             self.max_model_len = pool_tokens
 
     def _allocate_caches(self, num_blocks: int) -> list[LayerCache]:
+        """Keys and values of every layer, each [num_blocks, block_size, num_kv_heads, head_dim].
+
+        On a CPU all layers of one block lie together, so that memory is taken from the system in proportion to the
+        blocks that were ever used; on a GPU, where all of it is taken at once, each layer's cache is contiguous.
+        """
         loaded, decoder = self.loaded, self._decoder
-        shape = (num_blocks, self.config.block_size, decoder.num_kv_heads, decoder.head_dim)
-
-        def zeros() -> torch.Tensor:
-            if loaded.device.type != "cpu":
-                return torch.zeros(shape, dtype=loaded.dtype, device=loaded.device)
-            # calloc: pages come when they are first written. torch.zeros would touch gigabytes at start.
-            raw = np.zeros(math.prod(shape) * loaded.dtype.itemsize, dtype=np.uint8)
-            return torch.from_numpy(raw).view(loaded.dtype).view(shape)
-
-        return [LayerCache(zeros(), zeros()) for _ in range(decoder.num_layers)]
+        layers, inner = decoder.num_layers, (self.config.block_size, decoder.num_kv_heads, decoder.head_dim)
+        if loaded.device.type == "cpu":
+            raw = host_zeros(num_blocks * layers * 2 * math.prod(inner) * loaded.dtype.itemsize)
+            pool = raw.view(loaded.dtype).view(num_blocks, layers, 2, *inner).permute(1, 2, 0, 3, 4, 5)
+        else:
+            pool = torch.zeros(layers, 2, num_blocks, *inner, dtype=loaded.dtype, device=loaded.device)
+        return [LayerCache(keys, values) for keys, values in pool]
 
     @torch.inference_mode()
     def _copy_blocks(self, copies: list[tuple[int, int]]) -> None:

@@ -6,7 +6,7 @@
 //
 //     S[rows, KEYS] = Q K^T     register-tile product, K transposed into panels
 //     P = exp2(S - max)         in place
-//     O[rows, D] = O * r + P V  register-tile product, V copied into panels
+//     O[rows, D] = O * r + P V  register-tile product, V read where it lies
 //
 // and chunks merge in ascending order. A chunk may be its own task (a split over the context: FlashDecoding, 2023) or run
 // after its predecessor in the same thread: the arithmetic is the same, chunk borders are fixed, and so a row's result
@@ -57,16 +57,15 @@ struct TileTask {
     int64_t chunks() const { return (high - 1) / CHUNK - low / CHUNK + 1; }
 };
 
-// Running maximum, sum and unnormalised output of some rows.
+// Of some rows: running maximum, sums [LANES] that together are the denominator, unnormalised output [width].
 struct Accumulator {
-    float *maximum, *total, *o;
-    static int64_t floats(int64_t rows, int64_t width) { return rows * (width + 2); }
+    float *maximum, *sums, *o;
+    static int64_t floats(int64_t rows, int64_t width) { return rows * (width + LANES + 1); }
     Accumulator(float* memory, int64_t rows, int64_t width)
-        : maximum(memory + rows * width), total(maximum + rows), o(memory) {}
+        : maximum(memory + rows * (width + LANES)), sums(memory + rows * width), o(memory) {}
     void clear(int64_t rows, int64_t width) {
         std::fill(maximum, maximum + rows, NOTHING);
-        std::memset(total, 0, rows * 4);
-        std::memset(o, 0, rows * width * 4);
+        std::memset(o, 0, rows * (width + LANES) * 4);
     }
 };
 
@@ -78,7 +77,7 @@ void merge(Accumulator& into, const Accumulator& part, int64_t rows, int64_t wid
         const float maximum = std::max(into.maximum[r], part.maximum[r]);
         const float a = scalar_exp2(into.maximum[r] - maximum), b = scalar_exp2(part.maximum[r] - maximum);
         into.maximum[r] = maximum;
-        into.total[r] = into.total[r] * a + part.total[r] * b;
+        store(into.sums + r * LANES, load(into.sums + r * LANES) * a + load(part.sums + r * LANES) * b);
         for (int64_t d = 0; d < width; d += LANES)
             store(into.o + r * width + d, load(into.o + r * width + d) * a + load(part.o + r * width + d) * b);
     }
@@ -88,73 +87,86 @@ void write_out(const Call& call, const TileTask& tile, const Accumulator& done) 
     const int64_t group = call.group(), dim = call.shape.head_dim, width = call.width();
     for (int64_t r = 0; r < tile.tokens * group; r++) {
         float* out = call.out + (tile.token + r / group) * call.shape.q_heads * dim + (tile.kv_head * group + r % group) * dim;
-        const float inverse = 1.0f / done.total[r];
+        const float inverse = 1.0f / sum(load(done.sums + r * LANES));
         for (int64_t d = 0; d < dim; d++) out[d] = done.o[r * width + d] * inverse;
     }
 }
 
-// KEYS key rows of `dim` floats -> panels of K^T, each [dim][PANEL]; 4 x 4 blocks are transposed in registers.
-void pack_keys(const float* const* rows, int64_t dim, int count, float* out) {
-    for (int key = 0; key < count; key += 4) {
+// Where the rows of a block of keys lie: in the cache, or for values of odd width in a copy.
+struct Found {
+    const float* keys[KEYS];
+    const float* values[KEYS];
+};
+
+SB_INLINE void prefetch(const float* line) { __builtin_prefetch(line, 0, 2); }
+
+// `count` key rows -> panels of K^T, each [dim][PANEL]. Meanwhile this block's values and the next block's keys come in,
+// line by line: all at once they would stop the core until memory has answered.
+void pack_keys(const Found& found, const Found& next, int64_t dim, int count, float* out) {
+    for (int key = 0; key < count; key += LANES) {
         float* column = out + key / PANEL * dim * PANEL + key % PANEL;
         int64_t d = 0;
-        for (; d + 4 <= dim; d += 4)
-            transpose4(rows[key] + d, rows[key + 1] + d, rows[key + 2] + d, rows[key + 3] + d, column + d * PANEL, PANEL);
+        for (; d + LANES <= dim; d += LANES) {
+            vec block[LANES];
+            for (int i = 0; i < LANES; i++) {
+                block[i] = load(found.keys[key + i] + d);
+                prefetch(found.values[key + i] + d);
+                prefetch(next.keys[key + i] + d);
+            }
+            transpose(block);
+            for (int i = 0; i < LANES; i++) store(column + (d + i) * PANEL, block[i]);
+        }
         for (; d < dim; d++)
-            for (int i = 0; i < 4; i++) column[d * PANEL + i] = rows[key + i][d];
+            for (int i = 0; i < LANES; i++) column[d * PANEL + i] = found.keys[key + i][d];
     }
 }
 
-// Value rows of `dim` floats -> panels [KEYS][PANEL], columns past `dim` zero.
-void pack_values(const float* const* rows, int64_t dim, int count, float* out) {
-    for (int64_t d = 0; d < dim; d += PANEL, out += KEYS * PANEL) {
-        const int64_t columns = std::min<int64_t>(PANEL, dim - d);
-        for (int key = 0; key < count; key++) {
-            float* to = out + key * PANEL;
-            if (columns == PANEL) {
-                store(to, load(rows[key] + d));
-                store(to + LANES, load(rows[key] + d + LANES));
-            } else {
-                std::memset(to, 0, PANEL * 4);
-                std::memcpy(to, rows[key] + d, columns * 4);
-            }
-        }
+// Panels read whole vectors: value rows whose width is no multiple of PANEL are copied into rows that have room for it.
+void widen_values(Found& found, int64_t dim, int64_t width, float* copies) {
+    if (dim == width) return;
+    for (int key = 0; key < KEYS; key++, copies += width) {
+        std::memcpy(copies, found.values[key], dim * 4);
+        found.values[key] = copies;
     }
 }
 
 // Masks one row of scores to keys [begin, end), turns it into probabilities, rescales the row's accumulator.
-void softmax_row(float* scores, int begin, int end, float& maximum, float& total, float* o, int64_t width) {
+void softmax_row(float* scores, int begin, int end, float& maximum, float* sums, float* o, int64_t width) {
     if (begin >= end) {
         std::memset(scores, 0, KEYS * 4);
         return;
     }
-    for (int i = 0; i < begin; i++) scores[i] = NOTHING;
-    for (int i = end; i < KEYS; i++) scores[i] = NOTHING;
-    vec peak = load(scores);
-    for (int i = LANES; i < KEYS; i += LANES) peak = max(peak, load(scores + i));
-    const float highest = std::max(maximum, max_of(peak));
-    const float rescale = scalar_exp2(maximum - highest);
-    const vec shift = splat(highest);
-    vec sums = {};
-    for (int i = 0; i < KEYS; i += LANES) {
-        const vec p = exp2(load(scores + i) - shift);
-        sums += p;
-        store(scores + i, p);
+    vec s[KEYS / LANES];
+    for (int i = 0; i < KEYS / LANES; i++) s[i] = load(scores + i * LANES);
+    if (begin > 0 || end < KEYS) {
+        for (int i = 0; i < KEYS / LANES; i++) {
+            const veci key = lane_numbers() + i * LANES;
+            s[i] = select((key >= begin) & (key < end), s[i], splat(NOTHING));
+        }
     }
-    maximum = highest;
-    total = total * rescale + sum(sums);
-    if (rescale != 1.0f)
+    vec peak = s[0];
+    for (int i = 1; i < KEYS / LANES; i++) peak = max(peak, s[i]);
+    const float highest = std::max(maximum, max_of(peak));
+    vec total = load(sums);
+    if (maximum != highest) {
+        const float rescale = scalar_exp2(maximum - highest);
+        maximum = highest;
+        total *= rescale;
         for (int64_t d = 0; d < width; d += LANES) store(o + d, load(o + d) * rescale);
+    }
+    const vec shift = splat(highest);
+    for (int i = 0; i < KEYS / LANES; i++) {
+        const vec p = exp2(s[i] - shift);
+        total += p;
+        store(scores + i * LANES, p);
+    }
+    store(sums, total);
 }
 
 // One thread's memory for one tile.
 struct Workspace {
     float *q, *scores, *keys, *values, *chunk, *whole;
-    // Where the rows of a block of keys lie: this block's and the next one's, which is being prefetched.
-    struct Found {
-        const float* keys[KEYS];
-        const float* values[KEYS];
-    } found[2];
+    Found found[2];  // this block of keys and the next one, which is being prefetched
     static int64_t floats(int64_t rows, int64_t dim, int64_t width) {
         return rows * (dim + KEYS) + KEYS * (dim + width) + 2 * Accumulator::floats(rows, width) + 6 * 16;
     }
@@ -174,30 +186,42 @@ struct Workspace {
 };
 
 void pack_queries(const Call& call, const TileTask& tile, float* out) {
-    const int64_t group = call.group(), dim = call.shape.head_dim;
-    const RowBlocks blocks(tile.tokens * group);
-    const float scale = call.shape.scale * LOG2E;
+    const int64_t group = call.group(), dim = call.shape.head_dim, rows = tile.tokens * group;
+    const RowBlocks blocks(rows);
+    const vec scale = splat(call.shape.scale * LOG2E);
+    auto row = [&](int64_t r) { return call.q.at(tile.token + r / group, tile.kv_head * group + r % group); };
     for (int64_t b = 0; b < blocks.count; b++) {
         const int height = blocks.height(b);
-        for (int i = 0; i < height; i++) {
-            const int64_t r = blocks.start(b) + i;
-            const float* q = call.q.at(tile.token + r / group, tile.kv_head * group + r % group);
-            float* to = out + blocks.start(b) * dim + i;
-            for (int64_t d = 0; d < dim; d++) to[d * height] = q[d] * scale;
+        const int64_t first = blocks.start(b);
+        int i = 0;
+        for (; i + 4 <= height; i += 4) {
+            const float *q0 = row(first + i), *q1 = row(first + i + 1), *q2 = row(first + i + 2), *q3 = row(first + i + 3);
+            float* to = out + first * dim + i;
+            int64_t d = 0;
+            for (; d + 4 <= dim; d += 4) transpose4(q0 + d, q1 + d, q2 + d, q3 + d, to + d * height, height);
+            for (; d < dim; d++) {
+                to[d * height] = q0[d], to[d * height + 1] = q1[d];
+                to[d * height + 2] = q2[d], to[d * height + 3] = q3[d];
+            }
+        }
+        for (; i < height; i++) {
+            const float* q = row(first + i);
+            for (int64_t d = 0; d < dim; d++) out[first * dim + d * height + i] = q[d];
         }
     }
+    for (int64_t i = 0; i < rows * dim; i += LANES) store(out + i, load(out + i) * scale);  // the buffer is rounded up
 }
 
-// Addresses of keys first..first+KEYS-1, with a prefetch of what they point to. Those outside the tile's [low, high) read
-// zeros, so that memory which was never written (or was given back behind a window) cannot bring a NaN.
-void find_rows(const Call& call, const TileTask& tile, int64_t first, const float* zeros, Workspace::Found& found) {
+// Addresses of keys first..first+KEYS-1. Those outside the tile's [low, high) read zeros, so that memory which was never
+// written (or was given back behind a window) cannot bring a NaN.
+void find_rows(const Call& call, const TileTask& tile, int64_t first, const float* zeros, Found& found) {
     const Shape& shape = call.shape;
     const int32_t* table = call.batch.block_tables + tile.sequence * call.batch.block_table_ld;
     const int64_t dim = shape.head_dim, row = shape.kv_heads * dim, block_size = shape.block_size;
     const int begin = static_cast<int>(std::clamp<int64_t>(tile.low - first, 0, KEYS));
     const int end = static_cast<int>(std::clamp<int64_t>(tile.high - first, begin, KEYS));
-    std::fill(found.keys, found.keys + KEYS, zeros);
-    std::fill(found.values, found.values + KEYS, zeros);
+    std::fill(found.keys, found.keys + begin, zeros);
+    std::fill(found.values, found.values + begin, zeros);
     int64_t block = (first + begin) / block_size, within = (first + begin) % block_size;
     for (int i = begin; i < end; block++, within = 0) {
         const int64_t start = table[block] * shape.block_stride + tile.kv_head * dim;
@@ -206,15 +230,14 @@ void find_rows(const Call& call, const TileTask& tile, int64_t first, const floa
             found.values[i] = call.values + start + within * row;
         }
     }
-    for (int i = begin; i < end; i++)
-        for (int64_t d = 0; d < dim; d += 16) __builtin_prefetch(found.keys[i] + d);
-    for (int i = begin; i < end; i++)
-        for (int64_t d = 0; d < dim; d += 16) __builtin_prefetch(found.values[i] + d);
+    std::fill(found.keys + end, found.keys + KEYS, zeros);
+    std::fill(found.values + end, found.values + KEYS, zeros);
 }
 
-template <int LD>
-void multiply(const RowBlocks& blocks, int64_t a_ld, const float* a, const float* b, int64_t panels, int64_t kc,
-              int64_t b_panel, float* c, int64_t c_ld, bool accumulate) {
+// The register tiles of one product of all rows: `set_b` points a tile at panel p, the product starts from zero or from C.
+template <int LD, bool SCATTERED, class SetB>
+void multiply(const RowBlocks& blocks, int64_t a_ld, const float* a, int64_t panels, int64_t kc, SetB set_b, float* c,
+              int64_t c_ld, bool accumulate) {
     for (int64_t p = 0; p < panels;) {
         int step = 1;
         for (int64_t i = 0; i < blocks.count; i++) {
@@ -223,44 +246,56 @@ void multiply(const RowBlocks& blocks, int64_t a_ld, const float* a, const float
             Tile t{};
             t.kc = kc;
             t.a = a + blocks.start(i) * a_ld;
-            t.b = b + p * b_panel;
-            t.b_panel = b_panel;
+            set_b(t, p);
             t.c = c + blocks.start(i) * c_ld + p * PANEL;
             t.c_ld = c_ld;
             t.init = accumulate ? t.c : nullptr;
             t.init_ld = c_ld;
-            tile_for<LD, Nothing>(rows, step)(t);
+            tile_for<LD, Nothing, SCATTERED>(rows, step)(t);
         }
         p += step;
     }
 }
 
+// The keys of a chunk that a tile reads, from a border of KEYS on.
+struct Span {
+    int64_t begin, end;
+    Span(const TileTask& tile, int64_t chunk)
+        : begin(std::max(chunk * CHUNK, tile.low / KEYS * KEYS)), end(std::min((chunk + 1) * CHUNK, tile.high)) {}
+};
+
+// `find_next` fills in the rows that will be wanted after this chunk.
+template <class FindNext>
 void run_chunk(const Call& call, const TileTask& tile, int64_t chunk, const float* zeros, Workspace& work,
-               Accumulator& into) {
+               Accumulator& into, FindNext find_next) {
     const int64_t group = call.group(), dim = call.shape.head_dim, width = call.width(), window = call.shape.window;
     const int64_t rows = tile.tokens * group;
     const RowBlocks blocks(rows);
     into.clear(rows, width);
-    const int64_t begin = std::max(chunk * CHUNK, tile.low / KEYS * KEYS);
-    const int64_t end = std::min((chunk + 1) * CHUNK, tile.high);
-    int current = 0;
-    find_rows(call, tile, begin, zeros, work.found[current]);
-    for (int64_t first = begin; first < end; first += KEYS, current ^= 1) {
-        const int used = static_cast<int>(std::min<int64_t>(KEYS, end - first));
+    const Span span(tile, chunk);
+    find_rows(call, tile, span.begin, zeros, work.found[0]);
+    for (int64_t first = span.begin, current = 0; first < span.end; first += KEYS, current ^= 1) {
+        const int used = static_cast<int>(std::min<int64_t>(KEYS, span.end - first));
         const int64_t panels = (used + PANEL - 1) / PANEL;
-        const Workspace::Found& found = work.found[current];
-        if (first + KEYS < end) find_rows(call, tile, first + KEYS, zeros, work.found[current ^ 1]);
-        pack_keys(found.keys, dim, static_cast<int>(panels * PANEL), work.keys);
-        pack_values(found.values, dim, used, work.values);
-        multiply<0>(blocks, dim, work.q, work.keys, panels, dim, dim * PANEL, work.scores, KEYS, false);
+        Found& found = work.found[current];
+        Found& next = work.found[current ^ 1];
+        if (first + KEYS < span.end)
+            find_rows(call, tile, first + KEYS, zeros, next);
+        else
+            find_next(next);
+        pack_keys(found, next, dim, static_cast<int>(panels * PANEL), work.keys);
+        auto keys = [&](Tile& t, int64_t p) { t.b = work.keys + p * dim * PANEL, t.b_panel = dim * PANEL; };
+        multiply<0, false>(blocks, dim, work.q, panels, dim, keys, work.scores, KEYS, false);
         for (int64_t r = 0; r < rows; r++) {
             const int64_t position = tile.position + r / group - first;  // relative to this block of keys
             const int64_t from = window ? std::max<int64_t>(0, position - window + 1) : 0;
             softmax_row(work.scores + r * KEYS, static_cast<int>(std::min<int64_t>(from, KEYS)),
-                        static_cast<int>(std::clamp<int64_t>(position + 1, 0, KEYS)), into.maximum[r], into.total[r],
-                        into.o + r * width, width);
+                        static_cast<int>(std::clamp<int64_t>(position + 1, 0, KEYS)), into.maximum[r],
+                        into.sums + r * LANES, into.o + r * width, width);
         }
-        multiply<KEYS>(blocks, KEYS, work.scores, work.values, width / PANEL, used, KEYS * PANEL, into.o, width, true);
+        widen_values(found, dim, width, work.values);
+        auto values = [&](Tile& t, int64_t p) { t.b_rows = found.values, t.b_column = p * PANEL; };
+        multiply<KEYS, true>(blocks, KEYS, work.scores, width / PANEL, used, values, into.o, width, true);
     }
 }
 
@@ -292,6 +327,7 @@ void cut_tiles(const Call& call, std::vector<TileTask>& tiles) {
 
 struct ChunkTask {
     int64_t tile, chunk;  // chunk -1: all chunks of the tile, one after the other
+    int64_t first_chunk(const TileTask& of) const { return chunk >= 0 ? chunk : of.low / CHUNK; }
 };
 
 // Splitting costs a pass over partial results: nothing beside a few rows' keys, but only worth it for a wide tile when
@@ -314,22 +350,33 @@ int64_t cut_chunks(const Call& call, std::vector<TileTask>& tiles, std::vector<C
     return floats;
 }
 
-void run_task(const Call& call, const TileTask& tile, int64_t chunk, float* partials, const float* zeros) {
+// `after`: what this thread will probably be given next, or null.
+void run_task(const Call& call, const std::vector<TileTask>& tiles, ChunkTask task, const ChunkTask* after,
+              float* partials, const float* zeros) {
     static thread_local Scratch scratch;
+    const TileTask& tile = tiles[task.tile];
     const int64_t width = call.width(), rows = tile.tokens * call.group(), dim = call.shape.head_dim;
     Workspace work(scratch.floats(Workspace::floats(rows, dim, width)), rows, dim, width);
     pack_queries(call, tile, work.q);
-    if (chunk >= 0) {
-        const int64_t index = chunk - tile.low / CHUNK;
+    auto find_after = [&](Found& next) {
+        if (!after) return find_rows(call, tile, tile.high, zeros, next);
+        const TileTask& other = tiles[after->tile];
+        find_rows(call, other, Span(other, after->first_chunk(other)).begin, zeros, next);
+    };
+    if (task.chunk >= 0) {
+        const int64_t index = task.chunk - tile.low / CHUNK;
         Accumulator part(partials + tile.partial + index * Accumulator::floats(rows, width), rows, width);
-        run_chunk(call, tile, chunk, zeros, work, part);
-        return;
+        return run_chunk(call, tile, task.chunk, zeros, work, part, find_after);
     }
     Accumulator whole(work.whole, rows, width), part(work.chunk, rows, width);
-    run_chunk(call, tile, tile.low / CHUNK, zeros, work, whole);  // merging it into nothing would give the same bits
-    for (int64_t c = 1; c < tile.chunks(); c++) {
-        run_chunk(call, tile, tile.low / CHUNK + c, zeros, work, part);
-        merge(whole, part, rows, width);
+    const int64_t first = task.first_chunk(tile), end = first + tile.chunks();
+    for (int64_t c = first; c < end; c++) {
+        auto find_next = [&](Found& next) {
+            c + 1 < end ? find_rows(call, tile, Span(tile, c + 1).begin, zeros, next) : find_after(next);
+        };
+        // Merging the first into nothing would give the same bits.
+        run_chunk(call, tile, c, zeros, work, c == first ? whole : part, find_next);
+        if (c > first) merge(whole, part, rows, width);
     }
     write_out(call, tile, whole);
 }
@@ -371,8 +418,8 @@ SB_EXPORT void sb_attention(const Batch* batch, const Shape* shape, const float*
     float* partials = partial_scratch.floats(cut_chunks(call, tiles, tasks));
     float* zeros = zero_scratch.floats(shape->head_dim);
     std::memset(zeros, 0, shape->head_dim * 4);
-    const TileTask* tile_list = tiles.data();
-    const ChunkTask* task_list = tasks.data();
+    const std::vector<TileTask>& tile_list = tiles;  // this thread's, which the others may read
+    const std::vector<ChunkTask>& task_list = tasks;
     const int64_t tile_count = static_cast<int64_t>(tiles.size()), task_count = static_cast<int64_t>(tasks.size());
     const bool any_split = task_count > tile_count;
     Team team(shape->threads);
@@ -385,8 +432,10 @@ SB_EXPORT void sb_attention(const Batch* batch, const Shape* shape, const float*
         }
         team.wait();
 #pragma omp for schedule(dynamic, 1) nowait
-        for (int64_t i = 0; i < task_count; i++)
-            run_task(call, tile_list[task_list[i].tile], task_list[i].chunk, partials, zeros);
+        for (int64_t i = 0; i < task_count; i++) {
+            const int64_t after = i + omp_get_num_threads();
+            run_task(call, tile_list, task_list[i], after < task_count ? &task_list[after] : nullptr, partials, zeros);
+        }
         team.wait();
         if (any_split) {
 #pragma omp for schedule(static) nowait

@@ -13,10 +13,6 @@
 
 #include <algorithm>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace sb {
 
 namespace {
@@ -93,12 +89,6 @@ SB_EXPORT int64_t sb_panel() { return PANEL; }
 
 SB_EXPORT void sb_pack(const float* weight, int64_t ld, int64_t n, int64_t k, float* packed, int threads) {
     const int64_t panels = (n + PANEL - 1) / PANEL;
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    // 2 MiB pages: a streamed panel otherwise costs a page walk every 4 KiB.
-    const uintptr_t page = 4096, begin = (reinterpret_cast<uintptr_t>(packed) + page - 1) / page * page;
-    const uintptr_t end = reinterpret_cast<uintptr_t>(packed + panels * k * PANEL) / page * page;
-    if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
 #pragma omp parallel for num_threads(threads)
     for (int64_t p = 0; p < panels; p++) {
         float* out = packed + p * k * PANEL;
@@ -121,12 +111,11 @@ SB_EXPORT void sb_linear(const Linear* w, const float* x, int64_t x_ld, float* y
     const RowBlocks blocks(m);
     const int64_t panels = (w->n + PANEL - 1) / PANEL;
     const int64_t row_chunks = (m + ROW_CHUNK - 1) / ROW_CHUNK;
-    const int64_t unit = 4;  // panels: a multiple of panels_at_once
-    const int64_t groups = std::clamp<int64_t>(panels / unit, 1, 8 * threads);
     Team team(threads);
     static thread_local Scratch scratch;
     float* packed_x = m == 1 ? const_cast<float*>(x) : scratch.floats(m * w->k);
     const Call call{*w, packed_x, y, w->n, blocks};
+    Shares shares(row_chunks * panels, team.size());
 #pragma omp parallel num_threads(team.size())
     {
         if (m > 1) {
@@ -135,13 +124,12 @@ SB_EXPORT void sb_linear(const Linear* w, const float* x, int64_t x_ld, float* y
                 pack_rows(x + blocks.start(i) * x_ld, x_ld, blocks.height(i), w->k, packed_x + blocks.start(i) * w->k);
             team.wait();
         }
-#pragma omp for schedule(dynamic, 1) nowait
-        for (int64_t item = 0; item < row_chunks * groups; item++) {
-            const int64_t chunk = item / groups, group = item % groups;
-            const int64_t p0 = panels / unit * group / groups * unit;
-            const int64_t p1 = group + 1 == groups ? panels : panels / unit * (group + 1) / groups * unit;
-            panels_range(call, p0, p1, blocks.count * chunk / row_chunks, blocks.count * (chunk + 1) / row_chunks);
-        }
+        for (int64_t item, end; shares.claim(item, end);)
+            while (item < end) {  // panels of one chunk of rows, or of two
+                const int64_t chunk = item / panels, p0 = item % panels, p1 = std::min(panels, p0 + end - item);
+                panels_range(call, p0, p1, blocks.count * chunk / row_chunks, blocks.count * (chunk + 1) / row_chunks);
+                item += p1 - p0;
+            }
         team.wait();
     }
 }

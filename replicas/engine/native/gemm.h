@@ -4,6 +4,10 @@
 #include <cstdlib>
 #include <utility>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "simd.h"
 
 namespace sb {
@@ -14,6 +18,8 @@ struct Tile {
     const float* a;  // [kc][MR] where LD is 0, else [MR][LD]
     const float* b;  // NP panels, each packed [kc][PANEL]
     int64_t b_panel; // floats from one panel to the next
+    const float* const* b_rows;  // or, where SCATTERED: row k of all panels at b_rows[k] + b_column
+    int64_t b_column;
     const float* init;  // where accumulators start: null for zero, a bias row (init_ld 0), or C itself
     int64_t init_ld;
     float* c;
@@ -54,7 +60,7 @@ struct Nothing {
     __attribute__((always_inline)) void touch(const float*) {}
 };
 
-template <int MR, int NP, int LD, class Prefetch>
+template <int MR, int NP, int LD, class Prefetch, bool SCATTERED>
 void tile_kernel(const Tile& t) {
     constexpr int NV = 2 * NP;
     vec acc[MR][NV];
@@ -62,10 +68,11 @@ void tile_kernel(const Tile& t) {
         for (int j = 0; j < NV; j++) acc[i][j] = t.init ? load(t.init + i * t.init_ld + j * LANES) : vec{};
     const float* a = t.a;
     const float* b = t.b;
-    const int64_t b_panel = t.b_panel;
+    const int64_t b_panel = SCATTERED ? PANEL : t.b_panel;
     Prefetch prefetch(t);
     for (int64_t k = 0; k < t.kc; k++) {
         vec w[NV];
+        if (SCATTERED) b = t.b_rows[k] + t.b_column;
         for (int j = 0; j < NV; j++) w[j] = load(b + (j / 2) * b_panel + (j % 2) * LANES);
         prefetch.template touch<NP>(b);
         for (int i = 0; i < MR; i++) {
@@ -73,7 +80,7 @@ void tile_kernel(const Tile& t) {
             for (int j = 0; j < NV; j++) acc[i][j] += x * w[j];
         }
         a += LD ? 1 : MR;
-        b += PANEL;
+        if (!SCATTERED) b += PANEL;
     }
     for (int i = 0; i < MR; i++)
         for (int j = 0; j < NV; j++) store(t.c + i * t.c_ld + j * LANES, acc[i][j]);
@@ -88,19 +95,19 @@ constexpr int panels_at_once(int rows, int64_t available) {
     return available >= 4 && fits(rows, 4) ? 4 : available >= 2 && fits(rows, 2) ? 2 : 1;
 }
 
-template <int LD, class Prefetch, int NP, int... R>
+template <int LD, class Prefetch, bool SCATTERED, int NP, int... R>
 TileKernel pick_rows(int rows, std::integer_sequence<int, R...>) {
-    static const TileKernel table[] = {tile_kernel<R + 1, fits(R + 1, NP) ? NP : 1, LD, Prefetch>...};
+    static const TileKernel table[] = {tile_kernel<R + 1, fits(R + 1, NP) ? NP : 1, LD, Prefetch, SCATTERED>...};
     return table[rows - 1];
 }
 
 // The kernel for `rows` in 1..MAX_ROWS and `panels` as panels_at_once gave it.
-template <int LD, class Prefetch>
+template <int LD, class Prefetch, bool SCATTERED = false>
 TileKernel tile_for(int rows, int panels) {
     constexpr auto all = std::make_integer_sequence<int, MAX_ROWS>{};
-    return panels == 4   ? pick_rows<LD, Prefetch, 4>(rows, all)
-           : panels == 2 ? pick_rows<LD, Prefetch, 2>(rows, all)
-                         : pick_rows<LD, Prefetch, 1>(rows, all);
+    return panels == 4   ? pick_rows<LD, Prefetch, SCATTERED, 4>(rows, all)
+           : panels == 2 ? pick_rows<LD, Prefetch, SCATTERED, 2>(rows, all)
+                         : pick_rows<LD, Prefetch, SCATTERED, 1>(rows, all);
 }
 
 // [rows, k] with row stride ld -> packed [k][rows].
@@ -135,13 +142,18 @@ class Scratch {
         if (size_ < count) {
             std::free(data_);
             size_ = count + count / 2;
-            data_ = static_cast<float*>(std::aligned_alloc(64, (size_ * 4 + 63) / 64 * 64));
+            const int64_t page = size_ * 4 >= HUGE_PAGE ? HUGE_PAGE : 64, bytes = (size_ * 4 + page - 1) / page * page;
+            data_ = static_cast<float*>(std::aligned_alloc(page, bytes));
             if (!data_) std::abort();
+#if defined(MADV_HUGEPAGE)
+            if (page == HUGE_PAGE) madvise(data_, bytes, MADV_HUGEPAGE);
+#endif
         }
         return data_;
     }
 
   private:
+    static constexpr int64_t HUGE_PAGE = 2 << 20;
     float* data_ = nullptr;
     int64_t size_ = 0;
 };

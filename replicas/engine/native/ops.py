@@ -10,6 +10,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from replicas.engine.host_memory import Arena
 from replicas.engine.native.library import Library, LinearWeights
 
 
@@ -21,13 +22,13 @@ def _check(x: Tensor) -> None:
 class NativeLinear:
     """The weight [N, K], kept only as packed panels: they serve one row at memory speed and many at GEMM speed."""
 
-    def __init__(self, library: Library, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, library: Library, arena: Arena, weight: Tensor, bias: Tensor | None) -> None:
         self.out_features, self.in_features = weight.shape
         weight = weight.detach().contiguous()
         _check(weight)
         columns = -(-self.out_features // library.panel) * library.panel
         self._library = library
-        self._packed = torch.empty(columns * self.in_features)
+        self._packed = arena.floats(columns * self.in_features)
         self._bias = None
         if bias is not None:
             self._bias = torch.zeros(columns)
@@ -78,11 +79,11 @@ class NativeOps:
     name = "native"
 
     def __init__(self, library: Library) -> None:
-        self._library = library
+        self._library, self._arena = library, Arena()
         self._rms_norm, self._rope, self._silu_mul = library.rms_norm, library.rope, library.silu_mul
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> NativeLinear:
-        return NativeLinear(self._library, weight, bias)
+        return NativeLinear(self._library, self._arena, weight, bias)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if not x.is_contiguous():

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX512F__)
 #define SB_VECTOR_BYTES 64
@@ -45,21 +46,30 @@ SB_INLINE vec select(veci mask, vec yes, vec no) { return mask ? yes : no; }
 SB_INLINE vec max(vec a, vec b) { return a > b ? a : b; }
 SB_INLINE vec min(vec a, vec b) { return a < b ? a : b; }
 
-SB_INLINE float sum(vec v) {
-    float lanes[LANES], total = 0;
-    store(lanes, v);
-    for (int width = LANES / 2; width >= 1; width /= 2)
-        for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
-    total = lanes[0];
-    return total;
+template <int... LANE>
+SB_INLINE veci numbers(std::integer_sequence<int, LANE...>) {
+    return veci{LANE...};
+}
+SB_INLINE veci lane_numbers() { return numbers(std::make_integer_sequence<int, LANES>{}); }
+
+template <int H, int... LANE>
+SB_INLINE vec rotated(vec v, std::integer_sequence<int, LANE...>) {
+    return __builtin_shuffle(v, veci{((LANE + H) % LANES)...});
 }
 
+// Reductions as a tree over halves; every lane ends with the result.
+template <int H = LANES / 2>
+SB_INLINE float sum(vec v) {
+    v += rotated<H>(v, std::make_integer_sequence<int, LANES>{});
+    if constexpr (H > 1) return sum<H / 2>(v);
+    return v[0];
+}
+
+template <int H = LANES / 2>
 SB_INLINE float max_of(vec v) {
-    float lanes[LANES];
-    store(lanes, v);
-    for (int width = LANES / 2; width >= 1; width /= 2)
-        for (int i = 0; i < width; i++) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
-    return lanes[0];
+    v = max(v, rotated<H>(v, std::make_integer_sequence<int, LANES>{}));
+    if constexpr (H > 1) return max_of<H / 2>(v);
+    return v[0];
 }
 
 // 2^x for x <= 127, about 1 ulp; x below -126 (and -inf) gives 0. Split into 2^round(x) by exponent bits and a degree-6
@@ -103,6 +113,22 @@ SB_INLINE void transpose4(const float* row0, const float* row1, const float* row
     *reinterpret_cast<quad_unaligned*>(out + ld) = __builtin_shuffle(a, b, quad_index{2, 3, 6, 7});
     *reinterpret_cast<quad_unaligned*>(out + 2 * ld) = __builtin_shuffle(c, d, quad_index{0, 1, 4, 5});
     *reinterpret_cast<quad_unaligned*>(out + 3 * ld) = __builtin_shuffle(c, d, quad_index{2, 3, 6, 7});
+}
+
+template <int H, int... LANE>
+SB_INLINE void exchange(vec& a, vec& b, std::integer_sequence<int, LANE...>) {
+    const vec low = __builtin_shuffle(a, b, veci{((LANE & H) ? LANES + LANE - H : LANE)...});
+    const vec high = __builtin_shuffle(a, b, veci{((LANE & H) ? LANES + LANE : LANE + H)...});
+    a = low;
+    b = high;
+}
+
+// rows[i] lane j <-> rows[j] lane i, by exchanging ever larger off-diagonal blocks (Eklundh, 1972).
+template <int H = 1>
+SB_INLINE void transpose(vec (&rows)[LANES]) {
+    for (int i = 0; i < LANES; i++)
+        if (!(i & H)) exchange<H>(rows[i], rows[i + H], std::make_integer_sequence<int, LANES>{});
+    if constexpr (2 * H < LANES) transpose<2 * H>(rows);
 }
 
 constexpr float LOG2E = 1.44269504088896340736f;

@@ -64,4 +64,25 @@ class Team {
     int64_t waited_ = 0;
 };
 
+// Hands out items 0..count-1 in runs that get shorter towards the end (guided self-scheduling, Polychronopoulos & Kuck,
+// 1987): long runs stream, and nobody waits long for a last one.
+class Shares {
+  public:
+    Shares(int64_t count, int members) : count_(count), members_(members) {}
+
+    // A run [begin, end) for the caller; false when nothing is left.
+    bool claim(int64_t& begin, int64_t& end) {
+        begin = next_.load(std::memory_order_relaxed);
+        do {
+            if (begin >= count_) return false;
+            end = begin + std::max<int64_t>(1, (count_ - begin) / (2 * members_));
+        } while (!next_.compare_exchange_weak(begin, end, std::memory_order_relaxed));
+        return true;
+    }
+
+  private:
+    const int64_t count_, members_;
+    std::atomic<int64_t> next_{0};
+};
+
 }  // namespace sb
