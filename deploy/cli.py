@@ -124,6 +124,12 @@ def load(ctx: typer.Context) -> None:
     _call("deploy.load_cli", "app", ctx)
 
 
+@app.command(context_settings=_PASS_ON)
+def explain(ctx: typer.Context) -> None:
+    """Tell why a request went where it went."""
+    _call("deploy.explain_cli", "explain", ctx)
+
+
 def main() -> None:
     """Console script: our own errors are one line on stderr and exit status 1, never a traceback."""
     try:
