@@ -131,6 +131,10 @@ def prune(connection: Connection, now: float, retention: Retention | None = None
     statements.run(
         "DELETE FROM ledger_accounts WHERE ends < ? AND reserved_usd = 0 AND reserved_tokens = 0", int(long_ago)
     )
+    # a gate that nobody passed for a day is full, as a new one would be
+    statements.run(
+        "DELETE FROM ledger_gates WHERE at_us < ? AND in_flight = 0 AND promises = '[]'", int((now - 86400) * 1e6)
+    )
     statements.run("DELETE FROM ledger_events WHERE next_at IS NULL AND created_at < ?", long_ago)
 
 

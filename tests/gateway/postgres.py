@@ -1,4 +1,4 @@
-"""A real PostgreSQL server for tests, as root or not: one per test session, a fresh database per test.
+"""A real PostgreSQL server for tests, as root or not: one per process (`shared`), with a new database for each test.
 
 The server's programs come from PATH, from Debian's folders or from the wheel `pgserver`. PostgreSQL refuses to run as
 root, so under root it runs as `nobody`, in a folder of its own directly under the temporary directory, because pytest's
@@ -8,6 +8,7 @@ It listens on a Unix socket only.
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import os
 import pwd
@@ -16,8 +17,9 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -68,7 +70,9 @@ def _identity() -> dict[str, Any]:
 def _runnable(folder: Path, home: Path, identity: dict[str, Any]) -> Path:
     """The folder itself, or a copy of the installation where its user may not run what is in there."""
     try:
-        check = subprocess.run([folder / "postgres", "--version"], **identity, capture_output=True, cwd=home, check=False)
+        check = subprocess.run(
+            [folder / "postgres", "--version"], **identity, capture_output=True, cwd=home, check=False
+        )
         if check.returncode == 0:
             return folder
     except PermissionError:
@@ -113,6 +117,15 @@ def running_postgres(folder: Path | None = None) -> Iterator[Postgres]:
                 server.wait(10)
     finally:
         shutil.rmtree(home, ignore_errors=True)
+
+
+@cache
+def shared() -> Postgres:
+    """Started by the first who asks, stopped at the end of the process."""
+    stack = ExitStack()
+    server = stack.enter_context(running_postgres())
+    atexit.register(stack.close)
+    return server
 
 
 def _wait(server: subprocess.Popen[bytes], home: Path) -> None:
