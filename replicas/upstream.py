@@ -130,26 +130,27 @@ class UpstreamConnection:
         """Yield chunks until the one with the usage. Raises the protocol's errors, after what came before was yielded.
 
         An error that arrives together with the first chunks replaces them, so that the gateway may still go elsewhere.
-        `settle` is called exactly once, however this ends, with what the upstream is known to have used: nothing if it
-        did not accept the request or failed before it began to answer, else the tokens up to that point.
+        `settle` is called exactly once, however this ends (if it was read from at all), with what the upstream is known
+        to have used: nothing if it did not accept the request or failed before it began to answer, else the tokens up
+        to that point.
         """
         answer = Answer(request, self._refusals)
-        number, accepted = self._enter(request), False
+        accepted = False
         try:
-            patience = Patience(self._loop, self.upstream.timeouts, request.deadline)
-            response = await self._open(request, patience)
-            accepted = True
-            try:
-                async with aclosing(self._chunks(response, answer, patience)) as chunks:
-                    async for ready in chunks:
-                        yield ready
-            finally:
-                await response.aclose()
+            with self._entered(request):
+                patience = Patience(self._loop, self.upstream.timeouts, request.deadline)
+                response = await self._open(request, patience)
+                accepted = True
+                try:
+                    async with aclosing(self._chunks(response, answer, patience)) as chunks:
+                        async for ready in chunks:
+                            yield ready
+                finally:
+                    await response.aclose()
         except Unavailable:
             accepted = accepted and answer.begun
             raise
         finally:
-            self._leave(number)
             if settle is not None:
                 nothing = UpstreamUsage(prompt_tokens=0, completion_tokens=0)
                 settle(answer.usage(self.count) if accepted else nothing)
@@ -164,7 +165,9 @@ class UpstreamConnection:
 
     # -------------------------------------------------------------------------------------------------- admission
 
-    def _enter(self, request: UpstreamRequest) -> int:
+    @contextmanager
+    def _entered(self, request: UpstreamRequest) -> Iterator[None]:
+        """In flight for as long; refused when that is not possible."""
         if not self.alive:
             raise UpstreamLost("the connection to the upstream was closed")
         if len(self._in_flight) >= self.upstream.max_connections:
@@ -174,12 +177,12 @@ class UpstreamConnection:
             self._idle = None
         number = next(self._numbers)
         self._in_flight[number] = request.prompt_tokens
-        return number
-
-    def _leave(self, number: int) -> None:
-        del self._in_flight[number]
-        if not self._in_flight and self.alive:
-            self._idle = self._loop.call_later(self.upstream.timeouts.keep_alive_s, self._let_go)
+        try:
+            yield
+        finally:
+            del self._in_flight[number]
+            if not self._in_flight and self.alive:
+                self._idle = self._loop.call_later(self.upstream.timeouts.keep_alive_s, self._let_go)
 
     def _let_go(self) -> None:
         """Nobody has asked for a while: close what is idle. httpx's pool by itself would wait for the next request."""
@@ -277,15 +280,16 @@ class UpstreamConnection:
         started = False
         try:
             while not answer.done:
-                piece = await self._next(pieces, answer, patience)
+                piece, before = await self._next(pieces, answer, patience), answer.events
                 ready, error = _take(reader, answer, piece)
                 if error is not None and not started:
                     raise error
-                if answer.done or (piece is None and error is None):
+                if error is None and (answer.done or piece is None):
                     ready.append(self._end(answer))
-                if ready:
-                    started = True
+                started = started or bool(ready)
+                if started and answer.events > before:  # an empty delta is life too, once there was a token
                     patience.progress(_TAIL_S if answer.complete else None)
+                if ready:
                     yield ready
                 if error is not None:
                     raise error

@@ -38,6 +38,7 @@ class Answer:
         self._open = set(range(request.choices))
         self._said: list[str] = []
         self._spoke: set[int] = set()
+        self._pieces = 0
         self._calls: dict[int, int] = {}
         self._usage: UpstreamUsage | None = None
         self.events = 0
@@ -72,12 +73,11 @@ class Answer:
         return UpstreamChunk(request_id=self._request.request_id, usage=self.usage(count))
 
     def usage(self, count: Count) -> UpstreamUsage:
-        """The upstream's own figures, or ours for what has come so far."""
+        """The upstream's own figures, or ours for what has come so far: a piece of text is a token at the least."""
         if self._usage is not None:
             return self._usage
-        return UpstreamUsage(
-            prompt_tokens=self._request.prompt_tokens, completion_tokens=count("".join(self._said)), estimated=True
-        )
+        completion = max(count("".join(self._said)), self._pieces)
+        return UpstreamUsage(prompt_tokens=self._request.prompt_tokens, completion_tokens=completion, estimated=True)
 
     # ------------------------------------------------------------------------------------------------------- inside
 
@@ -152,8 +152,7 @@ class Answer:
             text = choice.get("text") or ""
             if not isinstance(text, str):
                 raise _nonsense("text")
-            if text:
-                self._said.append(text)
+            self._say([text])
             return {}, text
         given = choice.get("delta") or choice.get("message") or {}
         if not isinstance(given, dict):
@@ -165,8 +164,13 @@ class Answer:
         content = delta.get("content", "")
         if not isinstance(content, str):
             raise _nonsense("content")
-        self._said += _strings(delta)
+        self._say(_strings(delta))
         return delta, content
+
+    def _say(self, texts: list[str]) -> None:
+        said = [text for text in texts if text]
+        self._said += said
+        self._pieces += bool(said)
 
     def _tool_calls(self, index: int, calls: Any) -> list[dict[str, Any]]:
         """Each with the `index` by which clients put the pieces together; some servers leave it out."""

@@ -85,9 +85,12 @@ class Refusals:
         self._name = upstream.name
         self._who = f"the upstream of {upstream.name!r}"
         host = upstream.origin.partition("://")[2]
-        self._secrets = [secret for secret in (key, upstream.base_url, upstream.origin, host) if secret]
+        hosts = [host] if "." in host or ":" in host else []  # a bare "vllm" is an ordinary word too
+        self._secrets = [secret for secret in (key, upstream.base_url, upstream.origin, *hosts) if secret]
+        # a name that may be an ordinary word ("small") is no secret, and replacing it would garble sentences
+        told = upstream.model == upstream.name or upstream.model.isalpha()
         model = re.escape(upstream.model)
-        self._model = re.compile(rf"(?<![\w./-]){model}(?![\w/-])") if upstream.model != upstream.name else None
+        self._model = None if told else re.compile(rf"(?<![\w./-]){model}(?![\w/-])")
 
     def shown(self, text: str) -> str:
         """`text` fit for callers: no key, no address, the model by the name they used, of bounded length."""

@@ -147,6 +147,9 @@ def test_messages_shown_hold_no_address_no_key_and_our_name_of_the_model() -> No
     shown = refusal(400, message).message
     assert shown == "served at [upstream] ([upstream]) with [credential] and [upstream] [credential]: no"
     assert len(refusal(400, "x" * 5000).message) <= 1001
+    plain = Refusals(Upstream(name="served", base_url="http://h/v1", upstream_model="fake"), None)
+    said = plain.of_status(400, {}, b'{"error": {"message": "this fake engine has no logprobs"}}', NOON)
+    assert said.message == "this fake engine has no logprobs"
     assert refusal(400, "org/inner-mini and my.org/inner are others").message.count("served") == 0
 
 
@@ -237,6 +240,14 @@ def test_a_server_that_repeats_a_calls_name_does_not_double_it() -> None:
     whole.add([UpstreamChunk(request_id="r", delta={"tool_calls": [call]})] * 2)
     [made] = whole.choices()[0]["message"]["tool_calls"]
     assert made == {"id": "a", "type": "function", "function": {"name": "f", "arguments": "11"}}
+
+
+def test_a_piece_of_text_is_counted_as_a_token_at_the_least() -> None:
+    """A caller who leaves early is charged by this count; engines that make short tokens would be paid too little."""
+    reading = answer()
+    for letter in "abc":
+        reading.take(event({"content": letter}))
+    assert reading.usage(estimate).completion_tokens == 3
 
 
 def test_a_running_count_of_usage_is_read_to_its_end() -> None:
