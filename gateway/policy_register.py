@@ -44,8 +44,8 @@ from replicas.protocol import InvalidRequest
 T = TypeVar("T")
 
 _LOOK_S = 0.01
-# The moment of a switch lies this far ahead, or as far as the gateways have just taken to answer if that is more.
-_LEAST_NOTICE_S, _MOST_NOTICE_S = 0.15, 3.0
+# The moment of a switch lies this far ahead: ten times as far as a gateway with a switch pending looks.
+_NOTICE_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,21 +230,20 @@ class PolicyRegister:
         return self._await_served(committed, made)
 
     def _decide(self, proposal: Switch, made: Plan, why: str) -> Switch:
-        committed = None
-        while committed is None:  # None: a gateway has come meanwhile, and is waited for too
-            notice = min(max(_LEAST_NOTICE_S, self._await_prepared(proposal)), _MOST_NOTICE_S)
-            committed = self._write(partial(proposals.commit, proposal=proposal, made=made, why=why, notice=notice))
+        commit = partial(proposals.commit, proposal=proposal, made=made, why=why, notice=_NOTICE_S)
+        self._await_prepared(proposal)
+        while (committed := self._write(commit)) is None:  # a gateway has come meanwhile
+            self._await_prepared(proposal)
         return committed
 
-    def _await_prepared(self, proposal: Switch) -> float:
-        """Seconds that the live gateways took to prepare; PublishRefused."""
+    def _await_prepared(self, proposal: Switch) -> None:
+        """Return when every live gateway is prepared; PublishRefused when one is not."""
         began = time.monotonic()
         while waiting := self._unprepared(proposal):
             if time.monotonic() - began > PREPARE_TIMEOUT_S:
                 raise PublishRefused(f"gateway {waiting[0]} did not answer within {PREPARE_TIMEOUT_S:g} s")
             if self._stopping.wait(_LOOK_S):
                 raise PublishRefused("the process that was publishing it is stopping")
-        return time.monotonic() - began
 
     def _unprepared(self, proposal: Switch) -> list[str]:
         gateways = self.gateways()

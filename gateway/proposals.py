@@ -83,13 +83,13 @@ def refuse(connection: Connection, proposal: Switch, made: Plan, why: str, reaso
 
 
 def commit(connection: Connection, proposal: Switch, made: Plan, why: str, notice: float) -> Switch | None:
-    """The committed switch; None when a gateway that has come meanwhile is not prepared. PublishRefused if too late."""
+    """The committed switch; None when a gateway that has come meanwhile is not prepared or refuses it. PublishRefused if too late."""
     generations.next_version(connection)
     at = time.time()
     if generations.switch(connection, proposal.number).state != PROPOSED or at > proposal.expires_at:
         raise PublishRefused("it took too long and was given up")
     gateways = generations.live_gateways(connection, at)
-    if any(gateway.prepared < proposal.number for gateway in gateways):
+    if any(one.prepared < proposal.number or (one.refusal and one.prepared == proposal.number) for one in gateways):
         return None
     before = generations.latest(connection).activate_at or 0.0
     moment = max(at + notice if gateways else at, before)
