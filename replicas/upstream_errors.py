@@ -166,7 +166,7 @@ def _read(body: Mapping[str, Any]) -> Complaint:
         return Complaint(message=_text(detail[0].get("msg")), param=param or None)
     return Complaint(
         message=_text(error.get("message") or detail),
-        param=_text(error.get("param")) or None,
+        param=_text(error.get("param")).removeprefix("body.") or None,  # vLLM's way to say where in the request
         code=_text(error.get("code")),
         kind=_text(error.get("type")),
     )

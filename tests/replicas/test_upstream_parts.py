@@ -95,6 +95,7 @@ def test_retry_after_in_all_its_spellings(headers: dict[str, str], seconds: floa
     [
         ({"error": {"message": "m", "param": "p", "type": "t", "code": None}}, "m", "p"),
         ({"object": "error", "message": "m", "param": "p", "code": 400}, "m", "p"),
+        ({"error": {"message": "m", "param": "body.temperature"}}, "m", "temperature"),
         ({"error": "m", "error_type": "validation"}, "m", None),
         ({"detail": [{"loc": ["body", "messages", 0], "msg": "m", "type": "x"}]}, "m", "messages.0"),
         ({"detail": "m"}, "m", None),
