@@ -19,7 +19,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.types import Message
+from starlette.types import Message, Scope
 
 from gateway.admin_tokens import AdminTokens
 from gateway.db.database import Database
@@ -238,13 +238,19 @@ def _guarded(admin: Callable[[], Admin]) -> type[APIRoute]:
                 request.state.author = token.name
                 body = await read_body(request.scope, request.receive, MAX_BODY_BYTES, BODY_TIMEOUT_S)
                 try:
-                    return await handle(Request(request.scope, _again(body, request)))
+                    return await handle(Request(_as_json(request.scope), _again(body, request)))
                 except RequestValidationError as error:
                     raise _invalid(error) from None
 
             return guarded
 
     return Guarded
+
+
+def _as_json(scope: Scope) -> Scope:
+    """Bodies are JSON here, whatever a client calls them: curl says application/x-www-form-urlencoded unless told."""
+    headers = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
+    return {**scope, "headers": [*headers, (b"content-type", b"application/json")]}
 
 
 def _again(body: bytes, request: Request) -> Callable[[], Coroutine[Any, Any, Message]]:

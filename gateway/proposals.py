@@ -83,7 +83,10 @@ def refuse(connection: Connection, proposal: Switch, made: Plan, why: str, reaso
 
 
 def commit(connection: Connection, proposal: Switch, made: Plan, why: str, notice: float) -> Switch | None:
-    """The committed switch; None when a gateway that has come meanwhile is not prepared or refuses it. PublishRefused if too late."""
+    """The committed switch; None when a gateway that has come meanwhile is not prepared or refuses it.
+
+    PublishRefused when it is too late.
+    """
     generations.next_version(connection)
     at = time.time()
     if generations.switch(connection, proposal.number).state != PROPOSED or at > proposal.expires_at:
