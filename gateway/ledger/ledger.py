@@ -87,7 +87,7 @@ class Ledger:
 
     async def start(self) -> None:
         """Take out the lease and begin to renew it."""
-        await self._submit(Beat())
+        await self.renew()
         self._heart = asyncio.create_task(self._beat(), name="ledger-heart")
 
     async def aclose(self) -> None:
@@ -290,10 +290,14 @@ class Ledger:
 
     # ---------------------------------------------------------------- lease
 
+    async def renew(self) -> None:
+        """Renew the lease now; it is also done by itself."""
+        await self._submit(Beat())
+
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(self.settings.lease_s / 3)
-            await self._submit(Beat())
+            await self.renew()
 
     def _leave(self, connection: Connection) -> None:
         Statements(connection).run("DELETE FROM ledger_gateways WHERE id=?", self.gateway_id)

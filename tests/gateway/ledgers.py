@@ -1,0 +1,69 @@
+"""What the tests of the ledger share."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from gateway.db.database import Database, open_engine, reading
+from gateway.ledger.entries import Spend
+from gateway.ledger.ledger import Ledger, LedgerSettings
+from gateway.ledger.usage import Standing, standings
+from policies.budget import Account, Budget, Budgets, Price, Scope, Subject, Window
+from tests.gateway.postgres import shared
+
+BACKENDS = ("sqlite", "postgresql")
+ALICE = Subject("alice", "team", "model")
+# a token of the prompt costs 10 and one of the completion 100, so that mixing them up shows
+PRICE = Price(input=10, cached_input=1, output=100)
+
+
+def new_database(backend: str, folder: Path) -> str:
+    return f"sqlite:///{folder / 'ledger.db'}" if backend == "sqlite" else shared().new_database()
+
+
+def spend(request_id: str, prompt: int = 10, most: int = 10, **changes: Any) -> Spend:
+    given = {"subject": ALICE, "price": PRICE, **changes}
+    return Spend(request_id=request_id, prompt_tokens=prompt, max_tokens=most, **given)
+
+
+def accounts(window: Window = Window.DAY, **caps: Any) -> tuple[Account, ...]:
+    """One budget for alice."""
+    return Budgets((Budget(scope=Scope(key="alice"), window=window, **caps),)).accounts(ALICE)
+
+
+class Clock:
+    """Virtual time, from a fixed moment in the middle of a day."""
+
+    def __init__(self) -> None:
+        self.now = 1_795_521_630.0  # 2026-11-24 12:00:30 UTC
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@asynccontextmanager
+async def running(
+    url: str, gateway_id: str = "gw-1", clock: Clock | None = None, **settings: Any
+) -> AsyncGenerator[Ledger, None]:
+    """A started ledger with a database of its own; asserts that nothing leaked."""
+    database = Database(url)
+    given = {"clock": clock} if clock else {}
+    ledger = Ledger(database, gateway_id, settings=LedgerSettings(**settings), **given)
+    try:
+        await ledger.start()
+        yield ledger
+    finally:
+        await ledger.aclose()
+        database.close()
+
+
+def standing(url: str, now: float = 0.0) -> list[Standing]:
+    engine = open_engine(url)
+    try:
+        with reading(engine).begin() as connection:
+            return standings(connection, now)
+    finally:
+        engine.dispose()
