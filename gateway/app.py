@@ -35,6 +35,7 @@ from gateway.policy_follower import PolicyFollower
 from gateway.rules import ModelGroup, Rules, compiler, fleet_names, rules_for
 from gateway.schemas import ErrorResponse, Health, ModelList, ModelObject
 from gateway.shadow import Shadows
+from gateway.totals import METRICS, Totals
 
 
 @dataclass(slots=True)
@@ -54,6 +55,7 @@ class _Gateway:
     def __init__(self, config: GatewayConfig, directory: Directory, connect: Connect | None) -> None:
         self.config = config
         self.metrics = Metrics(model.name for model in config.models)
+        self.totals = Totals(self.metrics)
         self.started_at = int(time.time())
         self._directory = directory
         self._connect = connect
@@ -90,7 +92,7 @@ class _Gateway:
             admin = Admin(database, config.database_url, secret, names=fleet_names(config))
             stack.push_async_callback(admin.aclose)
             book = RecordBook()
-            mailbox = Mailbox(database, config.gateway_id, {EXPLAIN: book.explain})
+            mailbox = Mailbox(database, config.gateway_id, {EXPLAIN: book.explain, METRICS: self.totals.export})
             stack.push_async_callback(mailbox.aclose)
             await mailbox.start()
             answering = Answering(config, fleet, self.metrics)
@@ -206,5 +208,6 @@ def _add_plain_routes(app: FastAPI, gateway: _Gateway) -> None:
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
-        """Prometheus text of this gateway and of every replica's last report. Needs no key; holds no caller's data."""
-        return Response(gateway.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        """Prometheus text of all gateways and of every replica's last report. Needs no key; holds no caller's data."""
+        text = await gateway.totals.text(gateway.running.mailbox)
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
