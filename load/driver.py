@@ -24,19 +24,27 @@ from load.record import TIMEOUT, UNFINISHED, Answer, Record
 from load.workload import Ask, Conversation
 
 _AHEAD = 256  # requests made ready before they are due
-_REPORT_S = 0.2
+_REPORT_S = 0.05  # small batches: packing and unpacking a large one would stop a shared core for milliseconds
 _BURST = 8  # requests sent without looking at what has arrived
+_BEAT_S = 0.02
+_STALL_S = 0.01  # a beat that is later than this counts as standing still
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerEnd:
-    """What a worker says last. busy: share of one core that it used while it ran."""
+    """What a worker says last. busy: share of one core that it used while it ran.
+
+    stalled, longest: seconds in which its loop stood still and could neither send nor take the time of what arrived.
+    """
 
     worker: int
     opened: int
     repeated: int
     busy: float
     fault: str = ""
+    stalled: float = 0.0
+    longest: float = 0.0
+    lasted: float = 0.0
 
 
 def work(plan: Plan, worker: int, address: str, pipe: Connection) -> None:
@@ -129,18 +137,30 @@ class Driver:
         sender = threading.Thread(target=self._send_reports, daemon=True)
         sender.start()
         watch = loop.create_task(self._watch())
+        self._stalled = self._longest = 0.0
+        heart = loop.create_task(self._beat())
         cpu = time.process_time()
         try:
             await (self._drive_closed() if self._closed else self._drive_open())
             await self._drain()
         finally:
             watch.cancel()
+            heart.cancel()
             self._give_up(UNFINISHED, "still running when the run was over")
             loop.remove_reader(self._pipe.fileno())
             await self._pool.close()
-            busy = (time.process_time() - cpu) / max(clock() - start, 1e-9)
+            lasted = max(clock() - start, 1e-9)
+            end = WorkerEnd(
+                self._worker,
+                self._pool.opened,
+                self._pool.repeated,
+                busy=(time.process_time() - cpu) / lasted,
+                stalled=self._stalled,
+                longest=self._longest,
+                lasted=lasted,
+            )
             self._outbox.put(self._out)
-            self._outbox.put(WorkerEnd(self._worker, self._pool.opened, self._pool.repeated, busy))
+            self._outbox.put(end)
             self._outbox.put(None)
             sender.join()
 
@@ -241,6 +261,16 @@ class Driver:
             await asyncio.sleep(0.01)
 
     # ------------------------------------------------------------------------------------------------------- watching
+
+    async def _beat(self) -> None:
+        """Notice when the whole process does not run: busy, or stopped by the system."""
+        while True:
+            due = clock() + _BEAT_S
+            await asyncio.sleep(_BEAT_S)
+            late = clock() - max(due, self._start)
+            if late > _STALL_S:
+                self._stalled += late
+                self._longest = max(self._longest, late)
 
     async def _watch(self) -> None:
         while True:

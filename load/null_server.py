@@ -46,7 +46,7 @@ class Script:
     fault: str = ""
     fault_every: int = 1
     key: str = ""
-    model: str = "null"
+    model: str = "scripted"
 
 
 class State:
@@ -403,7 +403,7 @@ def main() -> int:
     parser.add_argument("--fault", choices=FAULTS, default="")
     parser.add_argument("--fault-every", type=int, default=1)
     parser.add_argument("--key", default="", help="the only key it accepts")
-    parser.add_argument("--model", default="null")
+    parser.add_argument("--model", default="scripted")
     options = vars(parser.parse_args())
     host, port = options.pop("host"), options.pop("port")
     if min(options["max_tokens"], options["tokens_per_event"], options["fault_every"]) < 1:

@@ -190,7 +190,8 @@ def warnings(run: Json) -> list[str]:
         found.append(
             "THE GENERATOR COULD NOT KEEP UP: these figures say more of it than of the server. Rule: "
             f"{run['generator']['rule']}; here {show_time(run['generator']['lag']['p99'])} against "
-            f"{show_time(run['generator']['limit_s'])}. Use more --workers, or another machine."
+            f"{show_time(run['generator']['limit_s'])}, and {run['generator']['stalled_share']:.1%} standing still "
+            f"(longest {show_time(run['generator']['longest_stall_s'])}). Use more --workers, or another machine."
         )
     if not run["window"]["warmup"]["settled"]:
         found.append("no steady state was found (MSER-5 wants to cut more than half): nothing is cut; run longer")

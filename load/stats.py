@@ -59,7 +59,8 @@ def percentile(samples: Sequence[float] | Floats, rank: float) -> Estimate:
     effective = taken.size / _dependence(taken <= value, share)
     low, high = _binomial_ranks(max(int(effective), 1), share)
     in_order = np.sort(taken)
-    return Estimate(value, _at(in_order, low), _at(in_order, high))
+    # between the last two of few samples, interpolation can leave the interval: max and min keep a NaN in first place
+    return Estimate(value, min(_at(in_order, low), value), max(_at(in_order, high), value))
 
 
 def _at(in_order: Floats, share: float) -> float:
@@ -154,8 +155,8 @@ def warmup_count(samples: Sequence[float] | Floats) -> int | None:
     """How many first samples to leave out by MSER-5; None where the first half never settles.
 
     MSER-5 (White, Cobb & Spratt, Winter Simulation Conference 2000): of means of 5, leave out as many first ones as
-    minimise the squared standard error of the mean of the rest. A minimum in the last half means that the run is too
-    short to tell.
+    minimise the squared standard error of the mean of the rest. Only the first half is tried; a best cut at its very
+    end means that the run is too short to tell.
     """
     taken = np.asarray(samples, dtype=np.float64)
     groups = taken.size // 5
@@ -166,11 +167,11 @@ def warmup_count(samples: Sequence[float] | Floats) -> int | None:
     tail_square = np.cumsum(means[::-1] ** 2)[::-1]
     left = np.arange(groups, 0, -1, dtype=np.float64)
     error = np.maximum(tail_square - tail_sum**2 / left, 0.0) / left**2
-    error[-2:] = np.inf  # one or two means say nothing of a spread
+    error = error[: groups // 2 + 1]
     if error[0] <= 1e-18 + error.min():
         return 0
     best = int(np.argmin(error))
-    return best * 5 if best <= groups // 2 else None
+    return best * 5 if best < groups // 2 else None
 
 
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,

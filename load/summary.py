@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from load import stats
 from load.execute import Collected
-from load.plan import Plan
+from load.plan import ClosedLoop, Plan
 from load.record import KINDS, REJECTED, Record
 from load.scrape import grown
 from load.slo import Objective
@@ -26,9 +26,11 @@ RANKS = (50.0, 90.0, 95.0, 99.0, 99.9)
 # The rule by which a run is about the generator and not about the server.
 LAG_LIMIT_S = 0.010
 LAG_SHARE = 0.05
+STALL_SHARE = 0.02
 LAG_RULE = (
     f"p99 of the send lag above {LAG_LIMIT_S * 1e3:.0f} ms and above {LAG_SHARE:.0%} of the median time from sending "
-    "to the first token (to the end, if answers come in one piece)"
+    "to the first token (to the end, if answers come in one piece); or a worker that stood still, unable to send or to "
+    f"read, for more than {STALL_SHARE:.0%} of the run"
 )
 
 Json = dict[str, Any]
@@ -68,21 +70,22 @@ def summarise(plan: Plan, collected: Collected, judging: Judging, label: str) ->
     done = part.rows(part.ok)
     gaps = gaps_of([record for record in records if not record.error])
     end = _window_end(part, collected.load_end - collected.start, begin)
+    count_from = _count_from(plan, done, begin, end)
     run: Json = {
         "label": label,
         "stopped": collected.stopped,
         "interrupted": collected.interrupted,
         "started_unix": collected.wall,
-        "window": {"begin_s": begin, "end_s": end, "warmup": warmup},
+        "window": {"begin_s": begin, "end_s": end, "rates_begin_s": count_from, "warmup": warmup},
         "generator": _generator(part, collected, plan),
         "counts": {"all": counts(table), "measured": counts(part)},
         "failures": _failures(collected.records),
         "latency": {metric: _distribution(_values(done, gaps, metric)) for metric in METRICS},
-        "rates": _rates(plan, part, records, begin, end),
+        "rates": _rates(plan, table, collected, count_from, end),
         "tokens": _tokens(done, collected),
         "checks": checks(table.rows(table.ok), [one for one in collected.records if not one.error], judging.count),
         "cost": _cost(done, judging.prices),
-        "slo": _slo(part, done, gaps, judging.objectives, begin, end),
+        "slo": _slo(part, done, gaps, judging.objectives, count_from, end),
         "timeline": _timeline(table, end),
         "server": [asdict(series) for series in collected.server],
     }
@@ -142,8 +145,11 @@ def _generator(part: Table, collected: Collected, plan: Plan) -> Json:
     answer = answer[~np.isnan(answer)]
     p99 = float(np.percentile(lag, 99)) if lag.size else 0.0
     limit = max(LAG_LIMIT_S, LAG_SHARE * float(np.median(answer))) if answer.size else LAG_LIMIT_S
+    stalled = max((end.stalled / end.lasted for end in collected.ends if end.lasted), default=0.0)
     return {
-        "kept_up": p99 <= limit,
+        "kept_up": p99 <= limit and stalled <= STALL_SHARE,
+        "stalled_share": stalled,
+        "longest_stall_s": max((end.longest for end in collected.ends), default=0.0),
         "rule": LAG_RULE,
         "limit_s": limit,
         "lag": {
@@ -178,16 +184,28 @@ def _failures(records: Sequence[Record]) -> list[Json]:
     return [{"kind": kind, "detail": text, "count": number} for (kind, text), number in found.most_common(20)]
 
 
-def _rates(plan: Plan, part: Table, records: Sequence[Record], begin: float, end: float) -> Json:
-    done = part.ok
-    zero = records[0].scheduled - float(part.scheduled[0]) if records else 0.0
-    moments, weights = _token_moments([one for one in records if not one.error], zero)
-    prompt = np.where(part.prompt_tokens >= 0, part.prompt_tokens, part.asked_prompt).astype(np.float64)
+def _count_from(plan: Plan, done: Table, begin: float, end: float) -> float:
+    """Where counting begins for rates: in an open loop the median E2E after its start, when answers come as fast as
+    requests do; otherwise with the window.
+    """
+    if isinstance(plan.arrivals, ClosedLoop) or not len(done):
+        return begin
+    filled = float(np.median(done.column("e2e")))
+    return max(begin, filled) if filled < (end - begin) / 2 else begin
+
+
+def _rates(plan: Plan, table: Table, collected: Collected, begin: float, end: float) -> Json:
+    """Completions between begin and end, of requests from before begin too."""
+    done = table.rows(table.ok)
+    moments, weights = _token_moments([one for one in collected.records if not one.error], collected.start)
+    prompt = np.where(done.prompt_tokens >= 0, done.prompt_tokens, done.asked_prompt).astype(np.float64)
+    conversations = bool(len(table) and table.turn.max() > 0)
     return {
-        "offered_requests_per_s": plan.offered_rate,
-        "requests_per_s": stats.rate(part.end[done], begin, end).as_json(),
+        "offered_requests_per_s": None if conversations else plan.offered_rate,
+        "offered_conversations_per_s": plan.offered_rate if conversations else None,
+        "requests_per_s": stats.rate(done.end, begin, end).as_json(),
         "output_tokens_per_s": stats.rate(moments, begin, end, weights).as_json(),
-        "input_tokens_per_s": stats.rate(part.end[done], begin, end, prompt[done]).as_json(),
+        "input_tokens_per_s": stats.rate(done.end, begin, end, prompt).as_json(),
     }
 
 
