@@ -1,0 +1,82 @@
+"""docs/policies.md and deploy/policies/ say what the validator says."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from policies.document import FleetNames, parse
+from policies.document_schema import schema_text
+from policies.section import NOT_YET
+from policies.yaml_text import DocumentError
+
+ROOT = Path(__file__).parents[2]
+DOCS = (ROOT / "docs" / "policies.md").read_text()
+EXAMPLES = sorted((ROOT / "deploy" / "policies").glob("*.yaml"))
+SNIPPETS = re.findall(r"^```yaml\n(.*?)^```$", DOCS, re.DOTALL | re.MULTILINE)
+FLEET = FleetNames(("llama-3.1-8b", "llama-3.3-70b", "gpt-4o-mini"))
+FLEETS = {
+    "laptop.yaml": FleetNames(("smollm2-135m-instruct",)),
+    "gpu-node.yaml": FLEET,
+    "paid-last.yaml": FleetNames(("qwen2.5-7b", "gpt-4o-mini")),
+}
+
+
+@pytest.mark.parametrize("snippet", [one for one in SNIPPETS if not one.startswith("# not supported yet")])
+def test_every_snippet_of_the_documentation_is_valid(snippet: str) -> None:
+    parse(snippet, names=FLEET)
+
+
+def test_what_the_documentation_calls_not_supported_yet_is_refused_as_that_and_has_the_right_shape(monkeypatch) -> None:
+    [snippet] = [one for one in SNIPPETS if one.startswith("# not supported yet")]
+    with pytest.raises(DocumentError) as error:
+        parse(snippet)
+    assert {one.message for one in error.value.mistakes} == {"not supported yet"}
+    assert len(error.value.mistakes) == len(NOT_YET)
+    monkeypatch.setattr("policies.section.NOT_YET", frozenset())
+    parse(snippet)
+
+
+def keys(schema: Any) -> Iterator[str]:
+    if isinstance(schema, dict):
+        properties = schema.get("properties")
+        if isinstance(properties, dict):
+            yield from properties
+        for part in schema.values():
+            yield from keys(part)
+    elif isinstance(schema, list):
+        for part in schema:
+            yield from keys(part)
+
+
+def test_every_key_is_explained() -> None:
+    missing = {key for key in keys(json.loads(schema_text())) if not re.search(rf"\b{key}\b", DOCS)}
+    assert not missing
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_the_documents_that_come_along_are_valid_and_so_are_their_commented_parts_one_day(
+    path: Path, monkeypatch
+) -> None:
+    text = path.read_text()
+    parse(text, path.name, names=FLEETS[path.name])
+    head, _, rest = text.partition("# Not supported yet:")
+    assert rest, "each shows what is to come"
+    _, _, commented = rest.partition("\n")
+    with pytest.raises(DocumentError, match="not supported yet"):
+        parse(head + re.sub(r"^# ?", "", commented, flags=re.MULTILINE))
+    monkeypatch.setattr("policies.section.NOT_YET", frozenset())
+    parse(head + re.sub(r"^# ?", "", commented, flags=re.MULTILINE))
+
+
+def test_the_schema_beside_them_is_the_one_that_the_code_makes() -> None:
+    """If this fails: signalbox policy schema > deploy/policies/policy.schema.json"""
+    assert (ROOT / "deploy" / "policies" / "policy.schema.json").read_text() == schema_text()
+    assert len(EXAMPLES) == 3
+    for path in EXAMPLES:
+        assert path.read_text().startswith("# yaml-language-server: $schema=policy.schema.json\n")
