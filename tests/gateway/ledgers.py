@@ -7,7 +7,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from gateway.db.database import Database, open_engine, reading
+from sqlalchemy import create_engine
+
+from gateway.db.database import Database
 from gateway.ledger.entries import Spend
 from gateway.ledger.ledger import Ledger, LedgerSettings
 from gateway.ledger.usage import Standing, standings
@@ -61,9 +63,9 @@ async def running(
 
 
 def standing(url: str, now: float = 0.0) -> list[Standing]:
-    engine = open_engine(url)
+    engine = create_engine(url)  # the schema is there: no need to look
     try:
-        with reading(engine).begin() as connection:
+        with engine.begin() as connection:
             return standings(connection, now)
     finally:
         engine.dispose()
