@@ -19,6 +19,7 @@ namespace {
 
 constexpr int64_t DEPTH = 640;      // rows of a panel that stay close (L1, L2) while row blocks pass over them
 constexpr int64_t ROW_CHUNK = 168;  // rows of x whose DEPTH slice stays in L2 (a multiple of 6, 12 and 14)
+constexpr int64_t OWN_ROWS = 56;    // fewer pay too much for reading every weight themselves
 
 struct Call {
     const Linear& w;
@@ -79,6 +80,13 @@ void panels_range(const Call& call, int64_t p0, int64_t p1, int64_t block0, int6
     }
 }
 
+// Rows are cut into chunks that stay in L2. If every member can have enough rows to itself, the number of chunks is a
+// multiple of theirs: rows then seldom move from one core's cache to another's.
+int64_t chunks_of(int64_t rows, int64_t members) {
+    const int64_t chunks = (rows + ROW_CHUNK - 1) / ROW_CHUNK;
+    return rows < members * OWN_ROWS ? chunks : (chunks + members - 1) / members * members;
+}
+
 }  // namespace
 
 }  // namespace sb
@@ -110,8 +118,8 @@ SB_EXPORT void sb_linear(const Linear* w, const float* x, int64_t x_ld, float* y
     if (m <= 0) return;
     const RowBlocks blocks(m);
     const int64_t panels = (w->n + PANEL - 1) / PANEL;
-    const int64_t row_chunks = (m + ROW_CHUNK - 1) / ROW_CHUNK;
     Team team(threads);
+    const int64_t row_chunks = chunks_of(m, team.size());
     static thread_local Scratch scratch;
     float* packed_x = m == 1 ? const_cast<float*>(x) : scratch.floats(m * w->k);
     const Call call{*w, packed_x, y, w->n, blocks};
@@ -124,8 +132,8 @@ SB_EXPORT void sb_linear(const Linear* w, const float* x, int64_t x_ld, float* y
                 pack_rows(x + blocks.start(i) * x_ld, x_ld, blocks.height(i), w->k, packed_x + blocks.start(i) * w->k);
             team.wait();
         }
-        for (int64_t item, end; shares.claim(item, end);)
-            while (item < end) {  // panels of one chunk of rows, or of two
+        for (int64_t item, end; shares.claim(omp_get_thread_num(), item, end);)
+            while (item < end) {  // panels of one chunk of rows, perhaps the first ones of the next
                 const int64_t chunk = item / panels, p0 = item % panels, p1 = std::min(panels, p0 + end - item);
                 panels_range(call, p0, p1, blocks.count * chunk / row_chunks, blocks.count * (chunk + 1) / row_chunks);
                 item += p1 - p0;
