@@ -301,5 +301,5 @@ def _check_share(share: float) -> None:
 def _check_words(author: str, why: str) -> None:
     if not (0 < len(author) <= 128 and author.isprintable()):
         raise InvalidRequest("the author must have 1 to 128 printable characters", param="author")
-    if len(why) > 2000:
-        raise InvalidRequest("why must have at most 2000 characters", param="why")
+    if len(why) > 2000 or not why.translate({9: "", 10: "", 13: ""}).isprintable():
+        raise InvalidRequest("why must have at most 2000 printable characters", param="why")

@@ -34,6 +34,9 @@ _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _YAML = "tag:yaml.org,2002:"
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]{0,30})")
 _FLOAT = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+)([eE][-+]?[0-9]+)?")
+# Escapes can write them; databases and UTF-8 cannot.
+_UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
+_NOT_STORED = "holds a character that cannot be stored"
 _WORDS: Mapping[str, bool | None] = {"true": True, "false": False, "null": None, "~": None, "": None}
 
 
@@ -100,7 +103,9 @@ def read(text: str, name: str) -> YamlText:
 
 
 def path_text(loc: Loc) -> str:
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
+    """groups.auto.models[1]; what would break the line is escaped."""
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part if part.isprintable() else repr(part)}" for part in loc)
+    return "".join(parts).lstrip(".")
 
 
 # ------------------------------------------------------------------------------------------------- text to plain data
@@ -191,6 +196,8 @@ class _Builder:
             line = key.start_mark.line + 1
             if not isinstance(key, yaml.ScalarNode):
                 self.mistakes.append(Mistake(line, path_text(loc), "a key must be a text"))
+            elif _UNSTORABLE.search(key.value):
+                self.mistakes.append(Mistake(line, path_text(loc), _NOT_STORED))
             elif key.tag == f"{_YAML}merge":
                 continue
             elif key.value in own:
@@ -209,6 +216,9 @@ class _Builder:
 
     def _scalar(self, node: yaml.ScalarNode, line: int, loc: Loc) -> Any:
         text: str = node.value
+        if _UNSTORABLE.search(text):
+            self.mistakes.append(Mistake(line, path_text(loc), _NOT_STORED))
+            return None
         if node.style in ("'", '"', "|", ">"):  # quoted or a block: it is what it looks like
             return text
         if node.tag in (f"{_YAML}bool", f"{_YAML}null") and text.lower() in _WORDS:

@@ -342,7 +342,7 @@ def test_without_a_gateway_a_publication_serves_at_once_and_names_come_from_the_
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"author": ""}, "author"), ({"author": "a\nb"}, "author"), ({"why": "x" * 2001}, "why"),
+    [({"author": ""}, "author"), ({"author": "a\nb"}, "author"), ({"why": "x" * 2001}, "why"), ({"why": "\0"}, "why"),
      ({"canary": 0.0}, "share"), ({"canary": float("nan")}, "share")],
 )  # fmt: skip
 def test_who_and_why_and_how_much_are_checked(sqlite_url: str, options: dict[str, Any], message: str) -> None:
