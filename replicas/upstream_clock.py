@@ -52,5 +52,6 @@ class Patience:
     def _late(self) -> DeadlineExceeded | UpstreamTimeout:
         if self._deadline is not None and self._loop.time() >= self._deadline:
             return DeadlineExceeded("the request's deadline has passed")
-        what = "began no answer" if self._phase == "first_token" else "stopped in the middle of its answer"
-        return UpstreamTimeout(f"the upstream {what} in time", phase=self._phase)
+        first = self._phase == "first_token"
+        what = "did not begin to answer in time" if first else "stopped in the middle of its answer"
+        return UpstreamTimeout(f"the upstream {what}", phase=self._phase)
