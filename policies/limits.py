@@ -294,7 +294,12 @@ def _endless(most: int | None, level: int | None) -> int:
 
 
 def _first_short(limit: RateLimit, gate: Gate, tokens: int) -> str | None:
-    """The kind of which there is too little now."""
+    """The kind of which there is too little now, promises kept."""
+    # almost always decided here while many wait, without a look at all their promises
+    if _endless(limit.requests, gate.requests) < UNIT:
+        return "requests"
+    if _endless(limit.tokens, gate.tokens) < tokens * UNIT:
+        return "tokens"
     requests_left, tokens_left = _spare(limit, gate)
     return "requests" if requests_left < UNIT else "tokens" if tokens_left < tokens * UNIT else None
 

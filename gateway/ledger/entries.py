@@ -9,7 +9,7 @@ import msgspec
 
 from policies.budget import Account, Price, Subject
 from policies.limits import RateLimit, Standing
-from replicas.protocol import Usage
+from replicas.protocol import RateLimited, Usage
 
 # Where the usage of a settled request came from.
 GATEWAY = "gateway"
@@ -75,6 +75,16 @@ class Reservation:
     @property
     def in_database(self) -> bool:
         return bool(self.accounts or self.limits)
+
+
+class LimitReached(RateLimited):
+    """With what the limits stand at, for the headers of the refusal."""
+
+    def __init__(
+        self, message: str, *, retry_after_s: float | None, standings: tuple[Mapping[str, Standing], ...]
+    ) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.standings = standings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

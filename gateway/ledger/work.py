@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import NamedTuple
@@ -10,14 +10,14 @@ from typing import NamedTuple
 import msgspec
 from sqlalchemy import Connection
 
-from gateway.ledger.entries import RESERVED, Ending, Record, Reservation, Reserve, Spend
+from gateway.ledger.entries import RESERVED, Ending, LimitReached, Record, Reservation, Reserve, Spend
 from gateway.ledger.limits import Gates, gate_id, limit_of
 from gateway.ledger.rows import AccountRow, Accounts, account_row_id
 from gateway.ledger.sql import Row, Statements
 from policies import limits
 from policies.budget import Account, Price, usd
-from policies.limits import Refusal
-from replicas.protocol import BudgetExceeded, InvalidRequest, RateLimited, SignalboxError, Usage
+from policies.limits import Refusal, Standing
+from replicas.protocol import BudgetExceeded, InvalidRequest, SignalboxError, Usage
 
 NOTHING_USED = Usage(prompt_tokens=0, completion_tokens=0)
 
@@ -135,7 +135,8 @@ class Work:
         now_us = int(self._now * 1e6)
         refusal = limits.admit(gates, now_us, spend.most_tokens, spend.claimant, fresh=spend.fresh)
         if refusal is not None:
-            return rate_limited(refusal, spend.most_tokens)
+            standings = tuple(limits.standing(limit, gate) for limit, gate in gates)
+            return _limited(refusal, spend.most_tokens, standings)
         for row in rows:
             row.reserve(spend.most_usd, spend.most_tokens)
         holds = Holds(
@@ -297,17 +298,18 @@ def _fits(used: int, need: int, cap: int | None) -> bool:
     return cap is None or used + need <= cap
 
 
-def rate_limited(refusal: Refusal, tokens: int) -> RateLimited:
-    limit, kind = refusal.limit, refusal.kind
+def _limited(refusal: Refusal, tokens: int, standings: tuple[Mapping[str, Standing], ...]) -> LimitReached:
+    limit, kind, wait_us = refusal.limit, refusal.kind, refusal.retry_after_us
     if kind == "concurrency":
         most = f"{limit.concurrency} requests at once"
     elif kind == "tokens":
         most = f"{limit.tokens} tokens per minute (this request may need {tokens})"
     else:
         most = f"{limit.requests} requests per minute"
-    wait_us = refusal.retry_after_us
-    return RateLimited(
-        f"rate limit reached for {limit.scope}: {most}", retry_after_s=None if wait_us is None else wait_us / 1e6
+    return LimitReached(
+        f"rate limit reached for {limit.scope}: {most}",
+        retry_after_s=None if wait_us is None else wait_us / 1e6,
+        standings=standings,
     )
 
 

@@ -14,12 +14,14 @@ from gateway.ledger.entries import Spend
 from gateway.ledger.ledger import Ledger, LedgerSettings
 from gateway.ledger.usage import Standing, standings
 from policies.budget import Account, Budget, Budgets, Price, Scope, Subject, Window
+from replicas.protocol import Usage
 from tests.gateway.postgres import shared
 
 BACKENDS = ("sqlite", "postgresql")
 ALICE = Subject("alice", "team", "model")
 # a token of the prompt costs 10 and one of the completion 100, so that mixing them up shows
 PRICE = Price(input=10, cached_input=1, output=100)
+USED = Usage(prompt_tokens=10, completion_tokens=3, cached_tokens=4)
 
 
 def new_database(backend: str, folder: Path) -> str:

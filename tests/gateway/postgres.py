@@ -77,12 +77,16 @@ def _runnable(folder: Path, home: Path, identity: dict[str, Any]) -> Path:
             return folder
     except PermissionError:
         pass
-    copy = home / "install"
-    shutil.copytree(folder.parent, copy, symlinks=True)
-    for path in (copy, *copy.rglob("*")):
-        if not path.is_symlink():
-            path.chmod(0o755)
-    return copy / folder.name
+    # the wheel's programs find their libraries in a folder beside the package, so both are copied as they lie
+    package = folder.parent.parent
+    beside = package.with_name(f"{package.name}.libs")
+    copied = [package, beside] if beside.exists() else [folder.parent]
+    for source in copied:
+        shutil.copytree(source, home / source.name, symlinks=True)
+        for path in (home / source.name, *(home / source.name).rglob("*")):
+            if not path.is_symlink():
+                path.chmod(0o755)
+    return home / folder.relative_to(copied[0].parent)
 
 
 @contextmanager
@@ -100,7 +104,11 @@ def running_postgres(folder: Path | None = None) -> Iterator[Postgres]:
         binaries = _runnable(folder or programs(), home, identity)
         environment = {"PATH": os.environ.get("PATH", ""), "LC_ALL": "C", "HOME": str(home)}
         initdb = [binaries / "initdb", "-D", data, "-U", "signalbox", "-A", "trust", "-E", "UTF8", "--no-sync"]
-        subprocess.run(initdb, **identity, env=environment, cwd=home, check=True, capture_output=True)
+        made = subprocess.run(
+            initdb, **identity, env=environment, cwd=home, check=False, capture_output=True, text=True
+        )
+        if made.returncode != 0:
+            raise RuntimeError(f"initdb failed:\n{made.stderr}")
         options = ("listen_addresses=", f"unix_socket_directories={home}", "fsync=off", "max_connections=200")
         command = [binaries / "postgres", "-D", data, *(part for option in options for part in ("-c", option))]
         with (home / "log").open("wb") as log:
