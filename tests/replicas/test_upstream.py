@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
+import ipaddress
 import logging
 import random
+import socket
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from replicas.mock_upstream import MockUpstream
 from replicas.protocol import (
@@ -495,6 +504,63 @@ async def test_an_upstream_that_is_not_there_is_lost(bench: Bench) -> None:
     error, _ = await bench.fails(await bench.connect("normal", base_url="http://127.0.0.1:1/v1"))
     assert isinstance(error, UpstreamLost)
     assert "127.0.0.1" not in error.message
+
+
+async def test_a_connection_that_is_not_accepted_in_time_is_a_timeout(bench: Bench) -> None:
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen(0)
+        url = f"http://127.0.0.1:{deaf.getsockname()[1]}/v1"
+        waiting = [socket.socket() for _ in range(4)]
+        for one in waiting:  # until the backlog is full; the kernel then drops what else wants in
+            one.setblocking(False)
+            one.connect_ex(deaf.getsockname())
+        try:
+            error, _ = await bench.fails(await bench.connect("normal", base_url=url, timeouts={"connect_s": 0.2}))
+        finally:
+            for one in waiting:
+                one.close()
+    assert isinstance(error, UpstreamTimeout)
+    assert error.phase == "connect"
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Self-signed for 127.0.0.1, key and certificate in one file."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "mock")])
+    now = datetime.datetime.now(datetime.UTC)
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False)
+        .sign(key, hashes.SHA256())
+    )
+    plain = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    path = tmp_path_factory.mktemp("tls") / "mock.pem"
+    path.write_bytes(key.private_bytes(*plain) + made.public_bytes(serialization.Encoding.PEM))
+    return path
+
+
+async def test_tls_is_verified_against_the_authorities_that_the_operator_names(
+    certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(certificate)
+    mock = MockUpstream()
+    await mock.start(tls=tls)
+    bench = Bench(mock)
+    url = mock.base_url.replace("http:", "https:")
+    stranger = await bench.connect("normal", base_url=url)
+    error, _ = await bench.fails(stranger)
+    assert isinstance(error, UpstreamLost)
+    assert not mock.received
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    assert text(await bench.ask(await bench.connect("normal", base_url=url)))
+    for conn in bench.connections:
+        await conn.aclose()
+    await mock.stop()
 
 
 async def test_more_requests_than_allowed_at_a_time_are_refused_at_once(bench: Bench) -> None:
