@@ -113,6 +113,11 @@ class UpstreamConnection:
         return len(self._in_flight)
 
     @property
+    def full(self) -> bool:
+        """As many requests in flight as are allowed at a time: `generate` would refuse, which is no fault of theirs."""
+        return len(self._in_flight) >= self.upstream.max_connections
+
+    @property
     def open_connections(self) -> int:
         """Sockets to the upstream, idle ones included; idle ones go after `timeouts.keep_alive_s`."""
         return len(self._transport._pool.connections)
@@ -170,7 +175,7 @@ class UpstreamConnection:
         """In flight for as long; refused when that is not possible."""
         if not self.alive:
             raise UpstreamLost("the connection to the upstream was closed")
-        if len(self._in_flight) >= self.upstream.max_connections:
+        if self.full:
             raise UpstreamBusy(f"the upstream of {self.upstream.name!r} has all the requests it is allowed at a time")
         if self._idle is not None:
             self._idle.cancel()
