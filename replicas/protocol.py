@@ -12,7 +12,8 @@ and `gateway.errors` holds the one table that maps the tree to HTTP.
     │   ├── ModelNotFound            no model of that name behind this door
     │   ├── BudgetExceeded           a hard cap of money or tokens would be passed (`retry_after_s`: its window's end)
     │   ├── RateLimited              too much within the minute, or at once (`retry_after_s` is a promise)
-    │   └── PayloadTooLarge          body over the limit
+    │   ├── PayloadTooLarge          body over the limit
+    │   └── DeadlineExceeded         the caller's own time limit passed; trying elsewhere would only be later still
     ├── Unavailable                  not now; may be tried elsewhere while no token has been sent
     │   ├── QueueFull                the engine's bounded queue is full (`retry_after_s`)
     │   ├── ReplicaDraining          the replica takes no new work
@@ -81,6 +82,10 @@ class PayloadTooLarge(RequestError):
     pass
 
 
+class DeadlineExceeded(RequestError):
+    pass
+
+
 class Unavailable(SignalboxError):
     """Not now, not here. The gateway may try another replica as long as the client has seen no token."""
 
@@ -117,6 +122,7 @@ ERRORS: Mapping[str, type[SignalboxError]] = {
         ContextLengthExceeded,
         NotSupported,
         ModelNotFound,
+        DeadlineExceeded,
         QueueFull,
         ReplicaDraining,
         ReplicaLost,
@@ -205,12 +211,23 @@ class GenerateRequest:
     """One prompt to continue, as the engine sees it.
 
     `tenant` salts the prefix cache: requests of different tenants never share blocks ("" is a tenant too).
+    `priority`: lower goes first, as in vLLM. `fair_key`: whose request it is; those who wait with one priority are
+    served in turn, by what each has had so far ("" is nobody in particular: one more in turn, without a share).
+    `deadline_s`: seconds from its submission after which nobody wants the answer (relative, so clocks need not agree);
+    it then ends in DeadlineExceeded. None waits for ever.
+    `max_queued`, `max_queued_per_key`: refused with QueueFull if so many wait already, of all keys or of its own; None
+    leaves it to the engine's settings, and max_queued never widens them.
     """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
     tenant: str = ""
+    priority: int = 0
+    fair_key: str = ""
+    deadline_s: float | None = None
+    max_queued: int | None = None
+    max_queued_per_key: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,6 +71,11 @@ class Submit(_Frame, tag=2, frozen=True):
     tenant: str
     prompt: bytes
     sampling: SamplingParams
+    priority: int = 0
+    fair_key: str = ""
+    deadline_s: float | None = None
+    max_queued: int | None = None
+    max_queued_per_key: int | None = None
 
 
 class Abort(_Frame, tag=3, frozen=True):
@@ -212,7 +217,18 @@ def _decode(decode: Callable[[Any], M], frame: bytes) -> M:
 
 def submit(seq: int, request: GenerateRequest) -> Submit:
     """Raises OverflowError for a token id outside int32."""
-    return Submit(seq, request.request_id, request.tenant, _pack_ids(request.prompt_token_ids), request.sampling)
+    return Submit(
+        seq,
+        request.request_id,
+        request.tenant,
+        _pack_ids(request.prompt_token_ids),
+        request.sampling,
+        request.priority,
+        request.fair_key,
+        request.deadline_s,
+        request.max_queued,
+        request.max_queued_per_key,
+    )
 
 
 def request(message: Submit) -> GenerateRequest:
@@ -222,6 +238,11 @@ def request(message: Submit) -> GenerateRequest:
         prompt_token_ids=_unpack_ids(message.prompt),
         sampling=message.sampling,
         tenant=message.tenant,
+        priority=message.priority,
+        fair_key=message.fair_key,
+        deadline_s=message.deadline_s,
+        max_queued=message.max_queued,
+        max_queued_per_key=message.max_queued_per_key,
     )
 
 

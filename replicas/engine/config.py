@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from replicas.engine.waiting import FAIR_RESERVE, MAX_WAITING, PRIORITY_AGING_S, LineLimits
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
@@ -22,6 +24,11 @@ class EngineConfig:
     max_num_batched_tokens: token budget of one step; None is 256 on CPU (at most half a second of prefill stands
         between two tokens of a small model), 2048 on CUDA.
     max_waiting: requests in the waiting queue; one more is refused with QueueFull.
+    max_waiting_tokens: prompt tokens to compute that wait; while so many do, requests are refused. None: no bound.
+    max_waiting_per_key: requests of one key in the queue; None lets a key have four times the places that are left.
+    priority_aging_s: waiting so much longer outweighs one rank of priority; None goes strictly by rank.
+    fair_reserve: share of max_num_seqs and of the blocks that is kept for keys that run on less than an equal part,
+        while there are several keys; 0 keeps nothing.
     watermark: share of blocks kept free when a new prompt is admitted, so that running sequences seldom preempt.
     num_threads: torch CPU threads; None leaves the number that is set.
     seed: of the requests that bring none; None draws one from the operating system at start.
@@ -38,8 +45,23 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int | None = None
-    max_waiting: int = 1024
+    max_waiting: int = MAX_WAITING
+    max_waiting_tokens: int | None = None
+    max_waiting_per_key: int | None = None
+    priority_aging_s: float | None = PRIORITY_AGING_S
+    fair_reserve: float = FAIR_RESERVE
     enable_prefix_caching: bool = True
     watermark: float = 0.01
     num_threads: int | None = None
     seed: int | None = None
+
+    @property
+    def line_limits(self) -> LineLimits:
+        """Bounds and order of the waiting queue; ConfigError names a setting that cannot be."""
+        return LineLimits(
+            max_waiting=self.max_waiting,
+            max_waiting_tokens=self.max_waiting_tokens,
+            max_waiting_per_key=self.max_waiting_per_key,
+            priority_aging_s=self.priority_aging_s,
+            fair_reserve=self.fair_reserve,
+        )

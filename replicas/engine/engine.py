@@ -21,6 +21,7 @@ import torch
 from replicas.engine.attention import LayerCache
 from replicas.engine.blocks import BlockPool
 from replicas.engine.config import EngineConfig
+from replicas.engine.deadlines import too_late
 from replicas.engine.detokenizer import Detokenizer
 from replicas.engine.host_memory import host_zeros
 from replicas.engine.layout import Layout
@@ -41,7 +42,6 @@ from replicas.protocol import (
     GenerateRequest,
     InvalidRequest,
     KVEvent,
-    QueueFull,
     SamplingParams,
     TokenLogprob,
     Usage,
@@ -70,7 +70,11 @@ class Engine:
         self.pool = BlockPool(num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching)
         self._caches = self._allocate_caches(num_blocks)
         self.scheduler = Scheduler(
-            self.pool, max_num_seqs=config.max_num_seqs, max_num_batched_tokens=budget, watermark=config.watermark
+            self.pool,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=budget,
+            watermark=config.watermark,
+            limits=config.line_limits,
         )
         self._layout = Layout(config.max_num_seqs, self.max_model_len, config.block_size, loaded.device)
         self._groups: dict[str, Group] = {}
@@ -85,12 +89,9 @@ class Engine:
     # ---------------------------------------------------------------- requests
 
     def add(self, request: GenerateRequest) -> None:
-        """Queue a request. InvalidRequest, ContextLengthExceeded or QueueFull leave no trace of it."""
+        """Queue a request. Those of `check`, QueueFull and DeadlineExceeded leave no trace of it."""
         self.check(request)
-        if self.queue_full():
-            rate = self._meter.prefill_rate or 1000.0
-            wait = sum(seq.queued_tokens for seq in self.scheduler.waiting) / rate
-            raise QueueFull(f"{self.config.max_waiting} requests are waiting already", retry_after_s=max(wait, 1.0))
+        self.scheduler.check(request)
         params = request.sampling
         prompt = list(request.prompt_token_ids)
         seed = self._random.getrandbits(63) if params.seed is None else params.seed
@@ -103,7 +104,7 @@ class Engine:
         first.queued_tokens = len(prompt) - self._cached_tokens(first)
         self._groups[request.request_id] = Group(request, sequences, sequences[1:], params.n)
         self._texts.update((seq, Detokenizer(params.stop)) for seq in sequences)
-        self.scheduler.waiting.append(first)
+        self.scheduler.add(first, request)
         self._prompt_tokens += len(prompt)
 
     def abort(self, request_id: str) -> bool:
@@ -111,6 +112,7 @@ class Engine:
         group = self._groups.pop(request_id, None)
         if group is None:
             return False
+        self.scheduler.deadlines.discard(request_id)
         for seq in group.sequences:
             self._drop(seq)
         return True
@@ -119,7 +121,7 @@ class Engine:
         return bool(self._groups)
 
     def queue_full(self) -> bool:
-        return len(self.scheduler.waiting) >= self.config.max_waiting
+        return self.scheduler.waiting.full()
 
     def wait_s(self) -> float:
         return 0.0
@@ -129,18 +131,22 @@ class Engine:
     def step(self) -> list[Chunk]:
         """Schedule, compute, sample, commit. A fault ends the step's requests, not the engine."""
         started = time.perf_counter()
+        late = self._end_late(self.scheduler.take_late())
         step = self.scheduler.schedule()
+        late += self._end_late([seq.request_id for seq in step.hopeless])
         if not step.items:
             assert not self._groups, "requests are waiting, nothing runs, and the scheduler found no step"
-            return []
+            return late
         try:
             sampled = self._compute(step)
         except Exception:
             logger.exception("step of %d sequences failed", len(step.items))
-            return self._fail(step)
-        chunks = self._commit(step, sampled)
+            return late + self._fail(step)
+        chunks = late + self._commit(step, sampled)
         self._steps += 1
-        self._meter.record(time.perf_counter() - started, step.num_prefill_tokens, self.pool.released)
+        seconds = time.perf_counter() - started
+        self._meter.record(seconds, step.num_prefill_tokens, self.pool.released)
+        self.scheduler.record(seconds, step)
         return chunks
 
     @torch.inference_mode()
@@ -177,6 +183,7 @@ class Engine:
             group.num_unfinished -= 1
             if group.num_unfinished == 0:
                 del self._groups[seq.request_id]
+                self.scheduler.deadlines.discard(seq.request_id)
                 usage = Usage(
                     prompt_tokens=seq.num_prompt,
                     completion_tokens=sum(s.num_output for s in group.sequences),
@@ -222,6 +229,12 @@ class Engine:
         self.scheduler.drop(seq)
         self._layout.release(seq)
         self._texts.pop(seq, None)
+
+    def _end_late(self, request_ids: list[str]) -> list[Chunk]:
+        """End requests whose deadline came, or cannot be met: their blocks are free for the step to come."""
+        for request_id in request_ids:
+            self.abort(request_id)
+        return [Chunk(request_id=request_id, error=too_late()) for request_id in request_ids]
 
     def _fail(self, step: Step) -> list[Chunk]:
         """End every request of a failed step. Blocks it was to fill may hold anything: forget the whole cache."""

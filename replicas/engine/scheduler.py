@@ -2,17 +2,23 @@
 
 Running sequences go first, oldest first, each with all the tokens it still lacks (a decode lacks one) up to the step's
 token budget; then waiting ones are admitted, a prompt only as a whole: all its blocks at once, with a watermark left
-over, so that preemption stays rare. When a running sequence finds no block, the youngest gives up all of its own
+over, so that preemption stays rare. Who is next in line, `waiting` says; a share of seats and blocks is kept for keys
+that run on less than their equal part (`LineLimits.fair_reserve`), so that one that floods the engine does not make a
+newcomer wait for the end of its answers. When a running sequence finds no block, the youngest gives up all of its own
 (LIFO) and is computed again later: its full blocks stay in the cache while nobody needs them.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from replicas.engine.blocks import BlockPool
+from replicas.engine.deadlines import Deadlines, too_late
 from replicas.engine.sequence import Group, Sequence
+from replicas.engine.waiting import OUTPUT_WEIGHT, LineLimits, WaitingLine
+from replicas.protocol import GenerateRequest
 
 
 @dataclass(slots=True)
@@ -21,25 +27,67 @@ class Step:
 
     copies: (source, destination) blocks whose contents must be copied before the step writes anything.
     preempted: sequences that lost their place in the running set.
+    hopeless: waiting ones that were turned away, because they cannot meet their deadlines any more.
     """
 
     items: list[tuple[Sequence, int]] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
+    hopeless: list[Sequence] = field(default_factory=list)
     num_prefill_tokens: int = 0
 
 
 class Scheduler:
-    def __init__(self, pool: BlockPool, *, max_num_seqs: int, max_num_batched_tokens: int, watermark: float) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        watermark: float,
+        limits: LineLimits | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.pool = pool
+        self.clock = clock
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.watermark_blocks = int(watermark * pool.num_blocks)
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: WaitingLine[Sequence] = WaitingLine(limits or LineLimits())
+        self.deadlines = Deadlines()
+        self._reserved_seats = self.waiting.limits.reserved(max_num_seqs)
+        self._reserved_blocks = self.waiting.limits.reserved(pool.num_blocks)
+        self._least_step_s = self._least_token_s = 0.0
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
+
+    # ---------------------------------------------------------------- getting in line
+
+    def check(self, request: GenerateRequest) -> None:
+        """QueueFull or DeadlineExceeded where there is no use in adding `request`."""
+        if request.deadline_s is not None and not request.deadline_s > 0:  # NaN, too
+            raise too_late()
+        self.waiting.check(request, self.clock())
+
+    def add(self, seq: Sequence, request: GenerateRequest) -> None:
+        """Put the first sequence of a request that `check` let through in line; its queued_tokens are known."""
+        now = self.clock()
+        self.waiting.add(seq, request, seq.queued_tokens, now)
+        if request.deadline_s is not None:
+            self.deadlines.add(request.request_id, now + request.deadline_s)
+
+    def take_late(self) -> list[str]:
+        """Ids of the requests whose deadline has come, wherever they are; the caller drops their sequences."""
+        return self.deadlines.take_late(self.clock())
+
+    def record(self, seconds: float, step: Step) -> None:
+        """How long `step` took; the least of them say what is out of reach."""
+        self._least_step_s = min(self._least_step_s or seconds, seconds)
+        if step.num_prefill_tokens > self.max_num_batched_tokens // 2:
+            per_token = seconds / step.num_prefill_tokens
+            self._least_token_s = min(self._least_token_s or per_token, per_token)
 
     # ---------------------------------------------------------------- the step
 
@@ -67,29 +115,56 @@ class Scheduler:
         return budget
 
     def _admit_waiting(self, step: Step, budget: int) -> None:
-        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
-            seq = self.waiting[0]
-            if not self._allocate_prompt(seq):
+        now = self.clock() if self.waiting else 0.0
+        while budget > 0 and (seq := self.waiting.head(now)) is not None:
+            if self._is_hopeless(seq, now):
+                self.waiting.remove(seq)
+                step.hopeless.append(seq)
+                continue
+            entitled = self.waiting.entitled(seq, self.max_num_seqs, now)
+            if len(self.running) >= self.max_num_seqs - (0 if entitled else self._reserved_seats):
+                return
+            if not self._allocate_prompt(seq, 0 if entitled else self._reserved_blocks):
                 if self.running or not self._reclaim_from_waiting(keep=seq):
                     return
                 continue
-            self.waiting.popleft()
+            self.waiting.take(seq, now)
             self.running.append(seq)
             count = min(seq.num_tokens - seq.num_computed, budget)
             self._extend(step, seq, count)
             budget -= count
 
-    def _allocate_prompt(self, seq: Sequence) -> bool:
+    def _is_hopeless(self, seq: Sequence, now: float) -> bool:
+        """Whether `seq` would be too late even if every step to come were as fast as the fastest so far.
+
+        Asked of the head of the line only: nobody is turned away for what others may yet cost.
+        """
+        deadline = self.deadlines.get(seq.request_id)
+        if deadline is None or seq.admitted:
+            return False
+        left = deadline - now
+        if self._least_s(seq, seq.queued_tokens) <= left:
+            return False
+        return self._least_s(seq, seq.num_tokens - len(self._hits(seq)) * self.pool.block_size) > left
+
+    def _least_s(self, seq: Sequence, tokens: int) -> float:
+        """Seconds to compute `tokens` of a prompt and the fewest outputs allowed, at the least."""
+        later = max(seq.sampling.min_tokens, 1) - 1
+        steps = -(-tokens // self.max_num_batched_tokens)
+        return max(steps * self._least_step_s, tokens * self._least_token_s) + later * self._least_step_s
+
+    def _hits(self, seq: Sequence) -> list[int]:
+        """Cached blocks for a sequence that has none. One token at least is computed: its logits are sampled from."""
+        usable = (seq.num_tokens - 1) // self.pool.block_size
+        return self.pool.match(seq.root, seq.extend_hashes(self.pool.block_size)[:usable], seq.tokens)
+
+    def _allocate_prompt(self, seq: Sequence, reserved: int) -> bool:
         """All blocks that `seq` needs to compute its known tokens, cached ones first; False leaves all as it was."""
         size = self.pool.block_size
-        hits: list[int] = []
-        if not seq.blocks and self.pool.enable_prefix_caching:
-            # At least one token must be computed, or there would be no logits to sample from.
-            usable = (seq.num_tokens - 1) // size
-            hits = self.pool.match(seq.root, seq.extend_hashes(size)[:usable], seq.tokens)
+        hits = self._hits(seq) if not seq.blocks and self.pool.enable_prefix_caching else []
         needed = -(-seq.num_tokens // size) - len(seq.blocks) - len(hits) + self._copies_needed(seq)
         free = self.pool.num_free - sum(self.pool.refs(b) == 0 for b in hits)
-        if needed > free - (self.watermark_blocks if self.running else 0):
+        if needed > free - (self.watermark_blocks + reserved if self.running else 0):
             return False
         self.pool.acquire(hits)
         seq.blocks += hits
@@ -100,6 +175,7 @@ class Scheduler:
             seq.admitted = True
             seq.num_cached = seq.num_computed
             seq.queued_tokens = seq.num_tokens - seq.num_computed  # more may be cached now than when it was added
+            seq.account.cost += seq.queued_tokens
             if seq.index == 0:
                 self.prefix_queries += seq.num_tokens
                 self.prefix_hits += seq.num_cached
@@ -120,6 +196,8 @@ class Scheduler:
             seq.blocks[first] = fresh
             seq.dirty_from = min(seq.dirty_from, first)
         step.items.append((seq, count))
+        if seq.num_computed + count == seq.num_tokens:
+            seq.account.cost += OUTPUT_WEIGHT  # computing one's last token brings the next
         if count > 1 or seq.num_computed + 1 < seq.num_tokens:
             step.num_prefill_tokens += count
         self._store_full_blocks(seq, seq.num_computed + count)
@@ -152,14 +230,15 @@ class Scheduler:
     def _preempt_youngest(self, step: Step) -> Sequence:
         victim = self.running.pop()
         self.pool.release(victim.forget_blocks())
-        self.waiting.appendleft(victim)
+        victim.account.seats -= 1
+        self.waiting.push_front(victim)
         step.preempted.append(victim)
         self.num_preemptions += 1
         return victim
 
     def _reclaim_from_waiting(self, keep: Sequence) -> bool:
         """Forks wait with their parent's blocks in hand; the last in line gives them up when others cannot go on."""
-        for seq in reversed(self.waiting):
+        for seq in self.waiting.holders():
             if seq.blocks and seq is not keep:
                 self.pool.release(seq.forget_blocks())
                 return True
@@ -178,13 +257,15 @@ class Scheduler:
             seq.num_computed = parent.num_prompt - 1
             seq.stored = parent.num_prompt // self.pool.block_size
             seq.admitted = True
-            self.waiting.appendleft(seq)
+            seq.account = parent.account
+            self.waiting.push_front(seq)
         group.unforked = []
 
     def drop(self, seq: Sequence) -> None:
         """Forget a finished or aborted sequence, wherever it is."""
         if seq in self.running:
             self.running.remove(seq)
-        elif seq in self.waiting:
+            seq.account.seats -= 1
+        else:
             self.waiting.remove(seq)
         self.pool.release(seq.forget_blocks())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from replicas.engine.waiting import Account
 from replicas.protocol import FinishReason, GenerateRequest, SamplingParams, block_hash
 
 
@@ -14,6 +15,7 @@ class Sequence:
     hashes: of the full blocks of `tokens`, extended as they fill, the first after `root`.
     stored: how many of `blocks` were offered to the prefix cache.
     dirty_from: first index of `blocks` that the engine has not copied into its block table yet; row: its row there.
+    account: what is charged for it, and whose turn it takes; all choices of a request have one.
     """
 
     request_id: str
@@ -32,6 +34,7 @@ class Sequence:
     admitted: bool = False
     num_cached: int = 0
     queued_tokens: int = 0
+    account: Account = field(default_factory=Account)
     finish_reason: FinishReason | None = None
 
     @property

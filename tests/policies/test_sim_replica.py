@@ -10,7 +10,7 @@ from policies.sim_replica import ReplicaModel, SimReplica, SimSequence
 from replicas.engine.blocks import BlockPool
 from replicas.engine.scheduler import Scheduler
 from replicas.engine.sequence import Sequence
-from replicas.protocol import KVEvent, SamplingParams, block_hash, prefix_root
+from replicas.protocol import GenerateRequest, KVEvent, SamplingParams, block_hash, prefix_root
 
 ROOT = prefix_root("", "w")
 SIZE = 4
@@ -47,7 +47,8 @@ def engine_run(
         while coming and coming[0][1][0] <= step:
             number, (_, tokens, output) = coming.pop(0)
             params = SamplingParams(max_tokens=output)
-            scheduler.waiting.append(Sequence(str(number), 0, tokens.copy(), len(tokens), params, 0, ROOT))
+            request = GenerateRequest(request_id=str(number), prompt_token_ids=tuple(tokens), sampling=params)
+            scheduler.add(Sequence(str(number), 0, tokens.copy(), len(tokens), params, 0, ROOT), request)
         items = scheduler.schedule().items
         step += 1
         for seq, count in items:
