@@ -27,6 +27,7 @@ _REASONS = {
 }
 # Python servers write these, JSON has none of them; the first is OpenAI's own way to say "practically impossible".
 _CONSTANTS = {"-Infinity": -9999.0, "Infinity": None, "NaN": None}
+_DECODER = json.JSONDecoder(parse_constant=_CONSTANTS.get)
 
 
 class Answer:
@@ -191,7 +192,7 @@ class Answer:
 
 def _object(text: str) -> dict[str, Any]:
     try:
-        value = json.loads(text, parse_constant=_CONSTANTS.get)
+        value = _DECODER.decode(text)
         if "\\ud" in text or "\\uD" in text:
             value = _whole_characters(value)
     except (ValueError, RecursionError):
