@@ -12,7 +12,7 @@ from load import results
 from load.arrivals import Stage
 from load.execute import choose_model, execute
 from load.plan import OpenLoop, Plan
-from load.search import Search, SearchInterrupted
+from load.search import Search, SearchInterrupted, late, met
 from load.show import progress
 from load.summary import Judging, summarise
 from load.units import BadOption, show_time
@@ -101,8 +101,8 @@ class Campaign:
             for one in (run["slo"] or {"objectives": []})["objectives"]
             if one["name"] != "error_rate"
         )
-        met = "met" if run["slo"] and run["slo"]["met"] else "missed"
-        self.console.print(f"probe {number}: {rate:.4g} requests/s {met} ({verdicts})", highlight=False)
+        verdict = "met" if met(run) else "void, the generator was late" if late(run) else "missed"
+        self.console.print(f"probe {number}: {rate:.4g} requests/s: {verdict} ({verdicts})", highlight=False)
         return run
 
     def found_text(self) -> str:

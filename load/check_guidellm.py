@@ -144,7 +144,7 @@ def rows(mine: Json, peer: Json, throughput: float | None) -> list[Json]:
 
 
 def worst(table: list[Json], side: str) -> float:
-    return max(abs(row[side] / row["truth"] - 1) for row in table if row[side] is not None)
+    return max(abs(float(row[side]) / float(row["truth"]) - 1) for row in table if row[side] is not None)
 
 
 def show(title: str, table: list[Json], console: Console) -> None:

@@ -72,12 +72,13 @@ def _failure(document: Json) -> str:
     return f'<p class="warn">{escape(document["failure"])}</p>'
 
 
+def _verdict(probe: Json) -> str:
+    return "met" if probe["met"] else "void: the generator was late" if probe["void"] else "missed"
+
+
 def _search(search: Json) -> str:
     found = f"{search['rate']:.4g} requests/s" if search["rate"] else "none"
-    rows = "".join(
-        f"<tr><td>{probe['rate']:.4g}</td><td>{'met' if probe['met'] else 'missed'}</td></tr>"
-        for probe in search["probes"]
-    )
+    rows = "".join(f"<tr><td>{probe['rate']:.4g}</td><td>{_verdict(probe)}</td></tr>" for probe in search["probes"])
     return (
         f"<h2>Highest rate that meets the objectives: {escape(found)}</h2>"
         f'<p class="soft">limited by {escape(search["limited_by"])}; objectives {escape(", ".join(search["slo"]))}</p>'

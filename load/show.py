@@ -14,6 +14,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from load.execute import Collected, Progress, planned_end
+from load.http1 import clock
 from load.plan import Plan
 from load.record import REJECTED
 from load.stats import Estimate
@@ -56,11 +57,11 @@ def progress(console: Console, plan: Plan, label: str) -> Iterator[Progress]:
 
 
 def _lines(console: Console, label: str) -> Progress:
-    last = 0.0
+    last = clock()
 
     def update(collected: Collected, now: float) -> None:
         nonlocal last
-        if now - last >= 10 and now > collected.start:
+        if now - last >= 10:
             last = now
             console.print(_state(collected, now - collected.start, label), highlight=False)
 

@@ -160,8 +160,8 @@ def warmup_count(samples: Sequence[float] | Floats) -> int | None:
     """
     taken = np.asarray(samples, dtype=np.float64)
     groups = taken.size // 5
-    if groups < 4:
-        return 0
+    if groups < 10:
+        return 0  # too few to tell
     means = taken[: groups * 5].reshape(groups, 5).mean(axis=1)
     tail_sum = np.cumsum(means[::-1])[::-1]
     tail_square = np.cumsum(means[::-1] ** 2)[::-1]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from load.search import Search, SearchInterrupted, met
+from load.search import Search, SearchInterrupted, late, met
 
 
 def run(good: bool, *, kept_up: bool = True, failed: int = 0, interrupted: bool = False) -> dict[str, Any]:
@@ -56,9 +56,25 @@ def test_no_rate_is_said_so() -> None:
 
 
 def test_a_generator_that_is_the_limit_is_named() -> None:
-    search = Search(lambda rate: run(rate <= 10, kept_up=rate <= 10), most_probes=60)
+    search = Search(lambda rate: run(rate <= 10, kept_up=rate <= 10), most_probes=90)
     search.run(4.0)
     assert search.limited_by.startswith("the generator")
+
+
+def test_a_generator_that_was_late_once_is_tried_again() -> None:
+    """A miss of which the generator is to blame was once counted against the server."""
+    rates: list[float] = []
+
+    def probe(rate: float) -> dict[str, Any]:
+        rates.append(rate)
+        stumbled = rates.count(rate) == 1
+        return run(rate <= 10 and not stumbled, kept_up=not stumbled)
+
+    search = Search(probe, precision=0.05, most_probes=90)
+    search.run(4.0)
+    assert search.found is not None
+    assert search.found <= 10 < search.found * 1.06
+    assert search.limited_by == "the objectives"
 
 
 def test_probes_are_bounded_and_the_limit_named() -> None:
@@ -75,8 +91,10 @@ def test_an_interrupted_probe_ends_the_search() -> None:
     assert len(search.probes) == 4
 
 
-def test_failures_and_lateness_are_no_success() -> None:
+def test_failures_are_no_success_and_lateness_is_void() -> None:
     assert met(run(True))
     assert not met(run(True, failed=1))
-    assert not met(run(True, kept_up=False))
+    assert met(run(True, kept_up=False))
+    assert late(run(False, kept_up=False))
+    assert not late(run(False))
     assert not met({**run(True), "slo": None})
