@@ -59,7 +59,7 @@ def application(fleet: Fleet, *, database_url: str, state_dir: str, prepare: Cal
             replicas=model.replicas.min,
             ray_actor_options=_actor_options(model),
         )
-        for name, model in zip(names, fleet.models, strict=True)
+        for name, model in zip(names, fleet.local, strict=True)
     ]
     return gateway_application(
         fleet.gateway_config(database_url=database_url, state_dir=state_dir),
@@ -76,7 +76,7 @@ def application(fleet: Fleet, *, database_url: str, state_dir: str, prepare: Cal
 
 def deployment_names(fleet: Fleet) -> list[str]:
     """What Serve calls the models' deployments, in the fleet's order: letters, digits and dashes, each once."""
-    return [f"model-{i}-{re.sub(r'[^A-Za-z0-9]+', '-', model.name).strip('-')}" for i, model in enumerate(fleet.models)]
+    return [f"model-{i}-{re.sub(r'[^A-Za-z0-9]+', '-', model.name).strip('-')}" for i, model in enumerate(fleet.local)]
 
 
 def _spec(model: ModelGroup) -> Any:

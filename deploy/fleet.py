@@ -244,6 +244,7 @@ class Fleet(_Section):
             state_dir=state_dir,
             limits=Limits(**_given(gateway.limits)),
             retries=Retries(**_given(gateway.retries)),
+            upstreams=self.upstreams,
         )
 
 

@@ -29,8 +29,8 @@ def serve(fleet_file: Path | None, *, detach: bool, host: str | None, port: int 
             with console.status("starting") as spinner:
                 for step in launched.steps():
                     spinner.update(Text(f"starting: {step}"))
-            _show_ready(fleet, key)
             if not detach:
+                _show_ready(fleet, key)
                 console.print("Ctrl-C stops it.")
                 launched.process.wait()
                 raise EngineFault(f"the instance ended by itself; log: {instance.log_file()}")
@@ -40,11 +40,13 @@ def serve(fleet_file: Path | None, *, detach: bool, host: str | None, port: int 
         except BaseException:
             launched.stop()
             raise
+    if detach and launched.process.poll() is None:
+        _show_ready(fleet, key)  # whoever reads this may hang up (`| head -1`): the instance stays
 
 
 def _fetch_models(fleet: Fleet) -> None:
     """Pull what is not in the cache yet, with progress, before anything is started."""
-    for model in fleet.models:
+    for model in fleet.local:
         if source := getattr(model, "source", None) or getattr(model, "tokenizer", None):
             from deploy.models import pull
 

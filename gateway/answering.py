@@ -8,27 +8,31 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gateway import dispatch
+from gateway import dispatch, passing
 from gateway.config import GatewayConfig, Retries
-from gateway.dispatch import Chunks, Job
 from gateway.explain import Record, Step
 from gateway.fleet import Fleet
+from gateway.jobs import Job
 from gateway.metrics import Histogram, Metrics, ModelMetrics
 from gateway.models import Model, item_path
+from gateway.passing import PassedRequest
 from gateway.requests import ChatRequest, CompletionRequest
 from gateway.responses import Shape, total
 from gateway.routes import route_request
 from gateway.rules import ModelGroup, Rules
 from gateway.select import Selection, Size, select_from, select_model
+from gateway.upstreams import UpstreamModel
 from policies.rightsize.cascade import Cascade, confidence
-from replicas.protocol import Chunk, EngineFault, GenerateRequest, InvalidRequest, Unavailable, Usage
+from replicas.protocol import Chunk, EngineFault, GenerateRequest, InvalidRequest, RequestError, Unavailable, Usage
+from replicas.upstream_messages import UpstreamRequest
 
-Request = ChatRequest | CompletionRequest
+Request = ChatRequest | CompletionRequest | PassedRequest
+AnyChunks = AsyncGenerator[list[Any], None]  # of Chunk, or of UpstreamChunk
 Prompts = list[tuple[int, ...]]
 
 
@@ -62,11 +66,17 @@ class Laps:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """One caller's request on its way through this gateway."""
+    """One caller's request on its way through this gateway.
+
+    body: as it came. unsupported: why no local engine can do this, where only an upstream may be able to; `request`
+    then is a PassedRequest.
+    """
 
     kind: Kind
     request: Any
+    body: bytes
     tenant: str
+    unsupported: RequestError | None = None
     rules: Rules
     record: Record
     laps: Laps
@@ -77,16 +87,23 @@ class Opened:
     """A model that has begun to answer: its first chunks, and the stream of the rest."""
 
     id: str
-    model: Model
+    model: Model | UpstreamModel
     metrics: ModelMetrics
     step: Step
-    first: list[Chunk]
-    stream: Chunks
+    first: list[Any]
+    stream: AnyChunks
     selection: Selection
+    choices: int
 
     @property
     def prompts(self) -> int:
+        """How many usages the stream brings: one per job."""
         return len(self.step.jobs)
+
+    @property
+    def passed(self) -> bool:
+        """Whether an upstream's chunks are passed on."""
+        return isinstance(self.model, UpstreamModel)
 
     def settle(self, usages: Sequence[Usage]) -> Usage:
         """The bill, when every prompt has ended; EngineFault where one has not."""
@@ -125,7 +142,7 @@ class Answering:
                     raise
         raise AssertionError("a selection names at least one model")
 
-    async def whole(self, asked: Asked, name: str, role: str) -> tuple[Step, list[Chunk]]:
+    async def whole(self, asked: Asked, name: str, role: str) -> tuple[Step, list[Any]]:
         """Everything that a model answers, for somebody other than the caller."""
         step, stream, _ = await self._start(asked, name, role, self._retries(False), whole=True)
         try:
@@ -147,14 +164,20 @@ class Answering:
     async def _select(self, asked: Asked, safety_scale: Callable[[ModelGroup], float]) -> Selection:
         target = asked.rules.resolve(asked.request.model)
         asked.laps.lap("parse")
+        able = None if asked.unsupported is None else self._fleet.upstreams.keys()
         if not isinstance(target, ModelGroup):
-            return select_model(target, asked.rules)
+            selection = select_model(target, asked.rules)
+            return selection if able is None else _only(selection, able, asked)
+        if able is not None and not any(model.name in able for model in target.models):
+            assert asked.unsupported is not None, "there is no other reason for a choice"
+            raise asked.unsupported
         size = Size(
             text=asked.request.subject,
             prompt_tokens=await self._prompt_tokens(asked, target),
             max_tokens=asked.request.token_limit,
         )
-        selection = select_from(target, asked.rules, self._fleet, size, safety_scale(target))
+        selection = select_from(target, asked.rules, self._fleet, size, safety_scale(target), able)
+        selection = selection if able is None else _only(selection, able, asked)
         asked.record.group, asked.record.choice = target.name, selection.choice
         asked.laps.lap("select")
         return selection
@@ -163,6 +186,11 @@ class Answering:
         """As the first candidate that is ready counts them; its encodings are kept, so long ones are not made twice."""
         names = [model.name for model in group.models]
         name = next((name for name in names if self._fleet.ready(name)), names[0])
+        upstreams = self._fleet.upstreams
+        if asked.unsupported is not None:
+            name = next(name for name in names if name in upstreams)
+        if name in upstreams:
+            return upstreams[name].prompt_tokens(self._passed(asked).body)
         model = await self._fleet.model(self._fleet.served(name), self._config.retries.wait_s)
         return sum(map(len, await asked.kind.encode(asked.request, model, asked.tenant)))
 
@@ -184,7 +212,13 @@ class Answering:
         return self._opened(asked, selection, model, step, first, stream)
 
     def _opened(
-        self, asked: Asked, selection: Selection, model: Model, step: Step, first: list[Chunk], stream: Chunks
+        self,
+        asked: Asked,
+        selection: Selection,
+        model: Model | UpstreamModel,
+        step: Step,
+        first: list[Any],
+        stream: AnyChunks,
     ) -> Opened:
         asked.laps.lap("first_chunk")
         metrics = self._metrics.models[model.name]
@@ -198,23 +232,50 @@ class Answering:
             first=first,
             stream=stream,
             selection=selection,
+            choices=asked.request.prompt_count * asked.request.choices,
         )
 
     async def _start(
         self, asked: Asked, name: str, role: str, retries: Retries, *, whole: bool
-    ) -> tuple[Step, Chunks, Model]:
+    ) -> tuple[Step, AnyChunks, Model | UpstreamModel]:
+        upstream = self._fleet.upstreams.get(name)
+        if upstream is not None:
+            job = self._passed_job(asked, upstream, whole=whole)
+            return self._begun(asked, name, role, [job]), upstream.generate(job, retries), upstream
         model = await self._fleet.model(self._fleet.served(name), retries.wait_s)
         jobs = await self._plan(asked, model, whole=whole, logprobs=role == "cascade")
+        step = self._begun(asked, name, role, jobs)
+        streams = [dispatch.generate(self._fleet, job, retries) for job in jobs]
+        n = asked.request.choices
+        return step, streams[0] if len(streams) == 1 else dispatch.merged(streams, n), model
+
+    def _begun(self, asked: Asked, name: str, role: str, jobs: list[Job]) -> Step:
+        """The step of a model that is about to be asked, on the request's record."""
         record, group = asked.record, asked.rules.groups.get(asked.record.group or "")
         if role != "shadow":
             asked.laps.lap("tokenise")
-            record.prompt_tokens = sum(len(job.request.prompt_token_ids) for job in jobs)
+            record.prompt_tokens = sum(job.prompt_tokens for job in jobs)
         expected = group.expected_output_tokens if group and group.trade else None
         step = Step(role=role, model=name, jobs=jobs, price=asked.rules.prices[name], expected_output_tokens=expected)
         record.steps.append(step)
-        streams = [dispatch.generate(self._fleet, job, retries) for job in jobs]
-        stream = streams[0] if len(streams) == 1 else dispatch.merged(streams, jobs[0].request.sampling.n)
-        return step, stream, model
+        return step
+
+    def _passed(self, asked: Asked) -> PassedRequest:
+        request = asked.request
+        return request if isinstance(request, PassedRequest) else passing.read(asked.body, asked.kind.param)
+
+    def _passed_job(self, asked: Asked, upstream: UpstreamModel, *, whole: bool) -> Job:
+        """The whole body as one job, however many prompts it has."""
+        body = dict(self._passed(asked).body)
+        if asked.request.token_limit is None and upstream.card.default_max_tokens:
+            body["max_tokens"] = upstream.card.default_max_tokens
+        request = UpstreamRequest(
+            request_id=f"{asked.kind.id_prefix}-{secrets.token_hex(12)}",
+            body=body,
+            prompt_tokens=upstream.prompt_tokens(body),
+            unary=not asked.request.stream,
+        )
+        return Job(model=upstream.name, request=request, route=None, generation=asked.rules.generation, whole=whole)
 
     async def _plan(self, asked: Asked, model: Model, *, whole: bool, logprobs: bool) -> list[Job]:
         """One job per prompt; everything the caller may have got wrong is found here at the latest."""
@@ -265,6 +326,15 @@ class Answering:
         step.mean_logprob = confidence([token.logprob for chunk in chunks for token in chunk.logprobs])
         step.escalated = step.mean_logprob < cascade.threshold
         return step.escalated
+
+
+def _only(selection: Selection, able: Collection[str], asked: Asked) -> Selection:
+    """The selection without the models that cannot do this; the reason where none is left."""
+    models = tuple(name for name in selection.models if name in able)
+    if not models:
+        assert asked.unsupported is not None, "there is no other reason for a choice"
+        raise asked.unsupported
+    return replace(selection, models=models)
 
 
 async def _replayed(chunks: list[Chunk]) -> AsyncGenerator[list[Chunk], None]:

@@ -85,7 +85,7 @@ class _Gateway:
             await keys.start()
             fleet = Fleet(config, self._directory, self._connect)
             stack.push_async_callback(fleet.aclose)
-            fleet.start()
+            await fleet.start()
             policies = PolicyFollower(database, config.gateway_id, fleet_names(config), compiler(config))
             stack.push_async_callback(policies.aclose)
             await policies.start()
@@ -125,7 +125,7 @@ class _Gateway:
             created=(target.created if isinstance(target, ServedModel) else 0) or self.started_at,
             owned_by=target.owned_by if isinstance(target, ServedModel) else "signalbox",
             root=target.name,
-            max_model_len=max(lengths, default=None),
+            max_model_len=max(lengths, default=0) or None,
         )
 
 
@@ -200,7 +200,7 @@ def _add_plain_routes(app: FastAPI, gateway: _Gateway) -> None:
     @app.get("/health", response_model=Health, responses={503: {"model": Health}})
     async def health() -> Response:
         """Whether requests can be answered now. Needs no key."""
-        ready = {model.name: len(gateway.running.fleet.ready(model.name)) for model in gateway.config.models}
+        ready = {model.name: gateway.running.fleet.ready(model.name) for model in gateway.config.models}
         status = "ok" if all(ready.values()) else "degraded" if any(ready.values()) else "unavailable"
         return JSONResponse(
             {"status": status, "ready_replicas": ready}, status_code=503 if status == "unavailable" else 200

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from replicas.protocol import ConfigError
+from replicas.upstream_config import Upstream
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +59,7 @@ def new_gateway_id() -> str:
 class GatewayConfig:
     """One gateway process.
 
+    upstreams: for those of `models` that other servers answer, by the same names.
     database_url: SQLAlchemy's; SQLite (WAL) embedded, or a shared server.
     state_dir: where the key secret lives when SIGNALBOX_KEY_SECRET is not in the environment; "" requires the latter.
     key_poll_s: how often changed keys are read; with one poll's own time it must stay below `key_stale_s`, the age
@@ -68,6 +70,7 @@ class GatewayConfig:
 
     models: tuple[ServedModel, ...]
     database_url: str
+    upstreams: tuple[Upstream, ...] = ()
     state_dir: str = ""
     gateway_id: str = field(default_factory=new_gateway_id)
     limits: Limits = field(default_factory=Limits)
@@ -86,5 +89,7 @@ class GatewayConfig:
             if not name or name in seen:
                 raise ConfigError(f"model name or alias {name!r} is empty or used twice")
             seen.add(name)
+        if unserved := {upstream.name for upstream in self.upstreams} - {model.name for model in self.models}:
+            raise ConfigError(f"upstreams of models that are not served: {', '.join(sorted(unserved))}")
         if not 0 < self.key_poll_s < self.key_stale_s <= 1.0:
             raise ConfigError("key_poll_s and key_stale_s must satisfy 0 < key_poll_s < key_stale_s <= 1")

@@ -10,19 +10,18 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from gateway.config import Retries
 from gateway.fleet import Fleet
-from gateway.routes import DEFAULT_POLICY, Choice
-from policies.fleet_view import RouteRequest
+from gateway.jobs import Attempt, Job
+from gateway.routes import Choice
 from replicas.protocol import (
     Chunk,
     GenerateRequest,
     NoReplica,
     QueueFull,
     ReplicaLost,
-    RouteDecision,
     SignalboxError,
     Unavailable,
 )
@@ -33,40 +32,15 @@ Chunks = AsyncGenerator[list[Chunk], None]
 _PAUSE_S = 0.05
 
 
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """One replica that a request was given to: why that one, when (Unix seconds), and what became of it."""
-
-    decision: RouteDecision
-    at: float
-    error: str | None = None
-
-
-@dataclass(slots=True, kw_only=True)
-class Job:
-    """A prompt on its way. `attempts` grows with every replica it is given to.
-
-    whole: nobody sees the answer before it is complete, so it may begin again elsewhere even after its first token.
-    first_at: when its first chunk came (perf_counter).
-    """
-
-    model: str
-    request: GenerateRequest
-    route: RouteRequest
-    policy: str = DEFAULT_POLICY
-    generation: int = 0
-    whole: bool = False
-    first_at: float | None = None
-    attempts: list[Attempt] = field(default_factory=list)
-
-
 async def generate(fleet: Fleet, job: Job, retries: Retries) -> Chunks:
     """Yield what the engine brings, up to the terminal chunk. Raises the protocol's errors.
 
     Unavailable is raised only after `retries.attempts` replicas or `retries.wait_s` seconds, with retry_after_s set; a
     full queue is not waited for, only tried elsewhere. Closing the generator aborts the request in the engine.
     """
-    request = job.request
+    request, route = job.request, job.route
+    assert isinstance(request, GenerateRequest), "an upstream's jobs are its own"
+    assert route is not None, "a replica's job says by what to choose"
     deadline = time.monotonic() + retries.wait_s
     tried: set[str] = set()
     last: Unavailable | None = None
@@ -75,24 +49,23 @@ async def generate(fleet: Fleet, job: Job, retries: Retries) -> Chunks:
         job.attempts.append(Attempt(choice.decision, time.time()))
         # an id of its own per attempt: the one before may still run on a replica that only we lost
         named = replace(request, request_id=f"{request.request_id}-r{attempt}") if attempt else request
-        shown = False
         held: list[Chunk] = []
         try:
-            with fleet.routes[job.model].counted(job.route, choice):
+            with fleet.routes[job.model].counted(route, choice):
                 async with aclosing(choice.connection.generate(named)) as stream:
                     async for ready in stream:
                         job.first_at = job.first_at or time.perf_counter()
                         if job.whole:
                             held += ready
                         else:
-                            shown = True
+                            job.shown = True
                             yield ready
             if held:
                 yield held
             return
         except SignalboxError as error:
-            job.attempts[-1] = replace(job.attempts[-1], error=f"{type(error).__name__}: {error.message}")
-            if shown or not isinstance(error, Unavailable):
+            job.failed(error)
+            if job.shown or not isinstance(error, Unavailable):
                 raise
             last = error
             tried.add(choice.decision.replica_id)
@@ -103,6 +76,7 @@ async def generate(fleet: Fleet, job: Job, retries: Retries) -> Chunks:
 
 
 def _choose(fleet: Fleet, job: Job, avoid: Collection[str]) -> Choice | None:
+    assert job.route is not None, "asked for only with one"
     return fleet.choose(job.model, job.route, avoid, job.policy, job.generation)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gateway.dispatch import Attempt, Job
+from gateway.jobs import Attempt, Job
 from policies.budget import Price, usd
 from policies.rightsize.choose import ModelChoice
 from replicas.protocol import RequestError, Usage

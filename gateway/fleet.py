@@ -11,13 +11,14 @@ import asyncio
 import logging
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 
 from gateway.config import GatewayConfig, ServedModel
 from gateway.connection import Connect, Connection
 from gateway.directory import Directory
 from gateway.models import Model
 from gateway.routes import Choice, Routes
+from gateway.upstreams import UpstreamModel, connect_all
 from policies.fleet_view import RouteRequest
 from replicas.client import Listener, ReplicaConnection
 from replicas.protocol import (
@@ -29,6 +30,7 @@ from replicas.protocol import (
     ReplicaState,
     Unavailable,
 )
+from replicas.upstream import UpstreamCard
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +53,13 @@ class Fleet:
         self._leaving: set[asyncio.Task[None]] = set()
         self._follower: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
+        self._config = config
+        self._stack = AsyncExitStack()
+        self.upstreams: dict[str, UpstreamModel] = {}
 
-    def start(self) -> None:
+    async def start(self) -> None:
+        """ConfigError when an upstream cannot be used as configured."""
+        self.upstreams = await connect_all(self._config, self._stack)
         self._follower = asyncio.create_task(self._follow(), name="fleet-directory")
 
     async def aclose(self) -> None:
@@ -60,6 +67,7 @@ class Fleet:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._stack.aclose()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     # ------------------------------------------------------------------------------------------------ who is there
@@ -75,12 +83,20 @@ class Fleet:
             raise ModelNotFound(f"the model {name!r} does not exist", param="model")
         return served
 
-    def card(self, model: str) -> ModelCard | None:
+    def card(self, model: str) -> ModelCard | UpstreamCard | None:
         """The card of a model by its name proper, if any of its replicas has ever described it."""
+        if model in self.upstreams:
+            return self.upstreams[model].card
         known = self._models.get(model)
         return known.card if known else None
 
-    def ready(self, model: str) -> list[Connection]:
+    def ready(self, model: str) -> int:
+        """How many replicas of a model take work now; an upstream counts as one while it is not left alone."""
+        if model in self.upstreams:
+            return int(self.upstreams[model].ready)
+        return len(self._ready(model))
+
+    def _ready(self, model: str) -> list[Connection]:
         return [
             connection
             for address, connection in self._connections.items()

@@ -13,11 +13,12 @@ import logging
 import time
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
-from gateway import requests
-from gateway.answering import Answering, Asked, Kind, Laps, Opened, Prompts, check_limits
+from gateway import passing, requests
+from gateway.answering import Answering, Asked, Kind, Laps, Opened, Prompts, Request, check_limits
 from gateway.config import GatewayConfig
 from gateway.edge import EXCHANGE, ClientGone, Exchange, HangUp, header, read_body
 from gateway.errors import INTERNAL, error_body, http_error
@@ -25,12 +26,13 @@ from gateway.explain import Record, RecordBook
 from gateway.keys import ApiKey, KeyRing
 from gateway.metrics import Metrics
 from gateway.models import Model
+from gateway.passing import PassedAnswer, PassedWriter
 from gateway.policy_follower import PolicyFollower
 from gateway.requests import ChatRequest, CompletionRequest
 from gateway.responses import DONE, ChatShape, Collected, CompletionShape, Envelope, EventWriter
-from gateway.rules import Rules, rules_for
+from gateway.rules import ModelGroup, Rules, rules_for
 from gateway.shadow import Shadows
-from replicas.protocol import SignalboxError, Usage
+from replicas.protocol import InvalidRequest, NotSupported, RequestError, SignalboxError, Usage
 
 logger = logging.getLogger(__name__)
 
@@ -87,10 +89,19 @@ class Generate:
             limits = services.config.limits
             body = await read_body(scope, receive, limits.max_body_bytes, limits.body_timeout_s)
             laps.lap("read")
-            request = requests.parse(self._kind.request, body)
+            request, unsupported = self._parse(body, rules)
             record.asked, record.stream = request.model, bool(request.stream)
             check_limits(services.config, self._kind, request)
-            asked = Asked(kind=self._kind, request=request, tenant=key.tenant, rules=rules, record=record, laps=laps)
+            asked = Asked(
+                kind=self._kind,
+                request=request,
+                body=body,
+                unsupported=unsupported,
+                tenant=key.tenant,
+                rules=rules,
+                record=record,
+                laps=laps,
+            )
             async with HangUp(receive, not services.config.server_cancels) as hang_up:
                 await self._answer(asked, hang_up, send)
             record.status = exchange.status
@@ -106,6 +117,29 @@ class Generate:
         finally:
             record.ended_s = time.perf_counter() - laps.began
             services.book.add(record)
+
+    def _parse(self, body: bytes, rules: Rules) -> tuple[Request, RequestError | None]:
+        """The request, and why no local engine can do it where it is one that an upstream may be able to do."""
+        try:
+            return requests.parse(self._kind.request, body), None
+        except (InvalidRequest, NotSupported) as error:
+            if not self._services.config.upstreams:
+                raise
+            try:
+                passed = passing.read(body, self._kind.param)
+            except InvalidRequest:
+                raise error from None
+            if not self._upstreams_of(passed.model, rules):
+                raise
+            return passed, error
+
+    def _upstreams_of(self, name: str, rules: Rules) -> bool:
+        """Whether an upstream is among the models that the name stands for."""
+        target = rules.resolve(name)
+        group = isinstance(target, ModelGroup)
+        members = [one.name for one in target.models] if isinstance(target, ModelGroup) else [target.name]
+        members += [] if group else rules.fallbacks(target.name)
+        return any(upstream.name in members for upstream in self._services.config.upstreams)
 
     def _record(self, exchange: Exchange, key: ApiKey, generation: int) -> Record:
         return Record(
@@ -135,7 +169,11 @@ class Generate:
             opened.metrics.e2e_request_latency.observe(time.perf_counter() - asked.laps.began)
 
     async def _whole(self, asked: Asked, opened: Opened, envelope: Envelope, hang_up: HangUp, send: Send) -> None:
-        collected = Collected(opened.prompts * asked.request.choices)
+        collected: Any = (
+            PassedAnswer(opened.choices, chat=self._kind.shape.opens_with_role)
+            if opened.passed
+            else Collected(opened.choices, logprobs=asked.request.logprobs_wanted is not None)
+        )
         usages: list[Usage] = []
         chunks = opened.first
         while True:
@@ -145,8 +183,7 @@ class Generate:
             if more is None:
                 break
             chunks = more
-        logprobs = asked.request.logprobs_wanted is not None
-        body = collected.body(envelope, self._kind.shape, opened.settle(usages), logprobs=logprobs)
+        body: bytes = collected.body(envelope, self._kind.shape, opened.settle(usages))
         hang_up.ignore()
         headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -165,16 +202,16 @@ class Generate:
             asked.record.error = INTERNAL.message
             await _send_error(INTERNAL, send)
 
+    def _writer(self, request: Request, opened: Opened, envelope: Envelope) -> Any:
+        shape, usage = self._kind.shape, request.include_usage
+        if opened.passed:
+            return PassedWriter(envelope, shape, opened.choices, usage=usage)
+        return EventWriter(envelope, shape, opened.choices, logprobs=request.logprobs_wanted is not None, usage=usage)
+
     async def _events(self, asked: Asked, opened: Opened, envelope: Envelope, hang_up: HangUp, send: Send) -> None:
         """Everything that has arrived goes out in one send, each chunk as its own event, the end with the last one."""
-        request, chunks, gaps = asked.request, opened.first, opened.metrics.inter_token_latency
-        writer = EventWriter(
-            envelope,
-            self._kind.shape,
-            opened.prompts * request.choices,
-            logprobs=request.logprobs_wanted is not None,
-            usage=bool(request.stream_options and request.stream_options.include_usage),
-        )
+        chunks, gaps = opened.first, opened.metrics.inter_token_latency
+        writer = self._writer(asked.request, opened, envelope)
         kept: list[str] | None = [] if self._services.shadows.watches(opened) else None
         text = writer.opening()
         usages: list[Usage] = []

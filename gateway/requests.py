@@ -67,6 +67,10 @@ class Generation(BaseModel):
     def choices(self) -> int:
         return self.n or 1
 
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
     def sampling(self, max_tokens: int, logprobs: int | None, vocab_size: int) -> SamplingParams:
         """Everything the engine needs. InvalidRequest where fields contradict each other or leave the vocabulary."""
         given: dict[str, Any] = {

@@ -219,8 +219,9 @@ class _Choice:
 class Collected:
     """One whole answer, gathered chunk by chunk."""
 
-    def __init__(self, choices: int) -> None:
+    def __init__(self, choices: int, *, logprobs: bool) -> None:
         self._choices = [_Choice() for _ in range(choices)]
+        self._with_logprobs = logprobs
 
     def add(self, chunks: Sequence[Chunk]) -> None:
         for chunk in chunks:
@@ -235,7 +236,7 @@ class Collected:
     def text(self, choice: int) -> str:
         return "".join(self._choices[choice].texts)
 
-    def body(self, envelope: Envelope, shape: Shape, usage: Usage, *, logprobs: bool) -> bytes:
+    def body(self, envelope: Envelope, shape: Shape, usage: Usage) -> bytes:
         answer = {
             "id": envelope.id,
             "object": shape.unary,
@@ -245,7 +246,7 @@ class Collected:
             "choices": [
                 {
                     **shape.choice(index, "".join(choice.texts)),
-                    "logprobs": shape.logprobs(choice.logprobs, Offsets()) if logprobs else None,
+                    "logprobs": shape.logprobs(choice.logprobs, Offsets()) if self._with_logprobs else None,
                     "finish_reason": choice.finish_reason,
                 }
                 for index, choice in enumerate(self._choices)

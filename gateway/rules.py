@@ -18,7 +18,7 @@ from policies.rightsize.cascade import Cascade
 from policies.rightsize.choose import PricedModel, Trade
 from policies.rightsize.guarantee import Promise
 from policies.rightsize.predictor import Predictor
-from replicas.protocol import ModelNotFound
+from replicas.protocol import ConfigError, ModelNotFound
 
 PICO = 10**12
 
@@ -88,11 +88,17 @@ def compiler(config: GatewayConfig) -> Callable[[int, PolicyDocument], Rules]:
     Raises ConfigError for what the document names and this gateway does not have.
     """
     served = {name: model for model in config.models for name in (model.name, *model.aliases)}
+    elsewhere = {upstream.name for upstream in config.upstreams}
     folder = Path(config.state_dir or ".") / "predictors"
 
     def compile_rules(generation: int, document: PolicyDocument) -> Rules:
         predictors = load_predictors(document, folder)
         priced = {model.name: _price(model, document) for model in config.models}
+        for name, group in document.groups.items():
+            if group.cascade is not None and group.cascade.small in elsewhere:
+                raise ConfigError(
+                    f"groups.{name}.cascade.small: {group.cascade.small!r} is an upstream: how sure it is is not known"
+                )
         groups = {
             name: _group(name, group, document, priced, predictors.get(name)) for name, group in document.groups.items()
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from gateway.config import ServedModel
@@ -38,13 +38,17 @@ def select_model(served: ServedModel, rules: Rules) -> Selection:
     return Selection(models=(served.name, *rules.fallbacks(served.name)))
 
 
-def select_from(group: ModelGroup, rules: Rules, fleet: Fleet, size: Size, safety_scale: float) -> Selection:
+def select_from(
+    group: ModelGroup, rules: Rules, fleet: Fleet, size: Size, safety_scale: float, able: Collection[str] | None = None
+) -> Selection:
     """One of a group's models for a request of that size.
 
     Models without a ready replica and those whose context the request does not fit are left out, unless that leaves
-    nothing: then the caller gets the error of the model that would have been chosen.
+    nothing: then the caller gets the error of the model that would have been chosen. `able`: the only models that can
+    answer a request of this kind, at least one of the group's.
     """
-    usable = [model for model in group.models if fleet.ready(model.name)] or list(group.models)
+    able_models = [model for model in group.models if able is None or model.name in able]
+    usable = [model for model in able_models if fleet.ready(model.name)] or able_models
     usable = [model for model in usable if _fits(fleet, model, size)] or usable
     choice = None
     if group.trade is not None:
@@ -64,6 +68,8 @@ def select_from(group: ModelGroup, rules: Rules, fleet: Fleet, size: Size, safet
     else:
         order = [model.name for model in usable]
     cascade = group.cascade
+    if cascade is not None and able is not None:
+        cascade = None
     if cascade is not None and group.trade is None:
         order = [cascade.small, *(name for name in order if name != cascade.small)]
     if cascade is not None and order[0] == cascade.small:
@@ -76,7 +82,7 @@ def select_from(group: ModelGroup, rules: Rules, fleet: Fleet, size: Size, safet
 
 def _fits(fleet: Fleet, model: PricedModel, size: Size) -> bool:
     card = fleet.card(model.name)
-    return card is None or size.prompt_tokens + (size.max_tokens or 1) <= card.max_model_len
+    return card is None or not card.max_model_len or size.prompt_tokens + (size.max_tokens or 1) <= card.max_model_len
 
 
 def _next_best(choice: ModelChoice) -> Sequence[str]:

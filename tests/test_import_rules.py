@@ -20,7 +20,10 @@ ENGINE_LAZY = {"gguf", "tokenizers", "triton", "flash_attn", "flash_attn_interfa
 RULES: dict[str, tuple[set[str], set[str]]] = {  # module: (anywhere, inside functions only)
     "replicas.protocol": (set(), set()),
     "replicas.wire": ({"replicas.protocol", "msgspec", "zmq"}, set()),
-    "policies": ({"replicas.protocol", "policies", "pydantic", "yaml", "numpy"}, {"sklearn", "scipy", "matplotlib", "genai_prices"}),
+    "policies": (
+        {"replicas.protocol", "policies", "pydantic", "pydantic_core", "yaml", "numpy"},
+        {"sklearn", "scipy", "matplotlib", "genai_prices"},
+    ),
     "replicas.engine.scheduler": (
         {"replicas.protocol"} | {f"replicas.engine.{name}" for name in ("blocks", "deadlines", "sequence", "waiting")},
         set(),
@@ -30,7 +33,10 @@ RULES: dict[str, tuple[set[str], set[str]]] = {  # module: (anywhere, inside fun
     "replicas.engine.blocks": ({"replicas.protocol"}, set()),
     "replicas.engine.sequence": ({"replicas.protocol", "replicas.engine.waiting"}, set()),
     "replicas.engine": (ENGINE, ENGINE_LAZY),
-    "replicas": ({"replicas", "msgspec", "zmq", "httpx", "tokenizers"}, {"ray", "torch", "uvloop", "tiktoken", "uvicorn"}),
+    "replicas": (
+        {"replicas", "msgspec", "zmq", "httpx", "tokenizers"},
+        {"ray", "torch", "uvloop", "tiktoken", "uvicorn"},
+    ),
     "replicas.upstream_tokens": (set(), {"tiktoken"}),
     "replicas.replica": ({"replicas", "msgspec", "zmq", "ray", "tokenizers"}, {"torch"}),
     "replicas.directory": ({"replicas.protocol"}, {"ray"}),

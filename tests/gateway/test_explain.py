@@ -3,8 +3,8 @@ from __future__ import annotations
 import json
 import time
 
-from gateway.dispatch import Attempt, Job
 from gateway.explain import Keep, Record, RecordBook, Step
+from gateway.jobs import Attempt, Job
 from policies.budget import Price
 from policies.fleet_view import RouteRequest
 from replicas.protocol import GenerateRequest, RouteDecision, SamplingParams, Usage

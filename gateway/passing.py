@@ -1,0 +1,177 @@
+"""Requests that are passed on to another server, and its answers written as ours.
+
+What a local engine does not implement (tools, images, response formats) may be the very reason to ask an upstream, so
+of such a body only what this gateway itself must know is checked; the rest is the upstream's to judge.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gateway.responses import Envelope, Shape, usage_object
+from replicas.protocol import InvalidRequest, Usage
+from replicas.upstream_messages import Assembled, UpstreamChunk, UpstreamRequest, UpstreamUsage
+
+_MAX_CHOICES = 128
+
+
+@dataclass(frozen=True, slots=True)
+class PassedRequest:
+    """A body as JSON, with the views of it that `gateway.requests`' types have too."""
+
+    body: Mapping[str, Any]
+
+    @property
+    def model(self) -> str:
+        return str(self.body["model"])
+
+    @property
+    def stream(self) -> bool:
+        return bool(self.body.get("stream"))
+
+    @property
+    def include_usage(self) -> bool:
+        return bool((self.body.get("stream_options") or {}).get("include_usage"))
+
+    @property
+    def choices(self) -> int:
+        return self.body.get("n") or 1
+
+    @property
+    def prompt_count(self) -> int:
+        return UpstreamRequest(request_id="", body=self.body).choices // self.choices
+
+    @property
+    def token_limit(self) -> int | None:
+        limit: int | None = self.body.get("max_completion_tokens") or self.body.get("max_tokens")
+        return limit
+
+    @property
+    def logprobs_wanted(self) -> int | None:
+        return None
+
+    @property
+    def subject(self) -> str:
+        """What is asked, as far as it is text."""
+        messages = self.body.get("messages")
+        if messages is None:
+            return str(self.body.get("prompt", ""))
+        asked = [one for one in messages if isinstance(one, dict) and one.get("role") == "user"]
+        content = (asked or [{}])[-1].get("content")
+        if isinstance(content, list):
+            return "\n".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+        return str(content or "")
+
+
+def read(body: bytes, param: str) -> PassedRequest:
+    """InvalidRequest naming the first of the fields that we need and cannot use. `param` holds the prompt."""
+    try:
+        data = json.loads(body)
+    except (ValueError, RecursionError):
+        raise InvalidRequest("the request body is not valid JSON") from None
+    if not isinstance(data, dict):
+        raise InvalidRequest("the request body must be a JSON object")
+    if not isinstance(data.get("model"), str):
+        raise InvalidRequest("model: must be a string", param="model")
+    if not isinstance(data.get(param), str | list) or not data[param]:
+        raise InvalidRequest(f"{param}: must not be empty", param=param)
+    for name in ("stream", "n", "max_tokens", "max_completion_tokens"):
+        _check_number(name, data.get(name))
+    if not isinstance(data.get("stream_options") or {}, dict):
+        raise InvalidRequest("stream_options: must be an object", param="stream_options")
+    return PassedRequest(data)
+
+
+def _check_number(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if name == "stream":
+        if not isinstance(value, bool):
+            raise InvalidRequest("stream: must be true or false", param="stream")
+    elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InvalidRequest(f"{name}: must be a positive integer", param=name)
+    elif name == "n" and value > _MAX_CHOICES:
+        raise InvalidRequest(f"n: must not be more than {_MAX_CHOICES}", param="n")
+
+
+def usage_shown(usage: Usage) -> dict[str, Any]:
+    """`usage` of an answer; counted by us where the upstream told nothing, and then it says so."""
+    shown = usage_object(usage)
+    if isinstance(usage, UpstreamUsage):
+        if usage.reasoning_tokens:
+            shown["completion_tokens_details"] = {"reasoning_tokens": usage.reasoning_tokens}
+        if usage.estimated:
+            shown["estimated"] = True
+    return shown
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+
+
+class PassedWriter:
+    """Server-sent events of an upstream's answer, every chunk as the upstream said it, under our own id and model."""
+
+    def __init__(self, envelope: Envelope, shape: Shape, choices: int, *, usage: bool) -> None:
+        self._chat = shape.opens_with_role
+        self._choices = choices
+        self._with_usage = usage
+        self._head = {
+            "id": envelope.id,
+            "object": shape.stream,
+            "created": envelope.created,
+            "model": envelope.model,
+            "system_fingerprint": envelope.fingerprint,
+        }
+
+    def opening(self) -> str:
+        if not self._chat:
+            return ""
+        role = {"role": "assistant", "content": "", "refusal": None}
+        opened = [
+            {"index": index, "delta": role, "logprobs": None, "finish_reason": None} for index in range(self._choices)
+        ]
+        return "".join(self._event([choice]) for choice in opened)
+
+    def events(self, chunks: Sequence[UpstreamChunk]) -> str:
+        return "".join(self._event([chunk.choice(chat=self._chat)]) for chunk in chunks if not chunk.terminal)
+
+    def closing(self, usage: Usage) -> str:
+        return self._event([], usage_shown(usage)) if self._with_usage else ""
+
+    def _event(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> str:
+        event: dict[str, Any] = {**self._head, "choices": choices}
+        if self._with_usage:
+            event["usage"] = usage
+        return f"data: {_dumps(event)}\n\n"
+
+
+class PassedAnswer:
+    """One whole answer of an upstream."""
+
+    def __init__(self, choices: int, *, chat: bool) -> None:
+        self._assembled = Assembled(choices, chat=chat)
+        self._texts: list[str] = []
+
+    def add(self, chunks: Sequence[UpstreamChunk]) -> None:
+        self._assembled.add(chunks)
+        self._texts += [chunk.text for chunk in chunks if chunk.index == 0]
+
+    def text(self, choice: int) -> str:
+        assert choice == 0, "only the first is kept as text"
+        return "".join(self._texts)
+
+    def body(self, envelope: Envelope, shape: Shape, usage: Usage) -> bytes:
+        answer = {
+            "id": envelope.id,
+            "object": shape.unary,
+            "created": envelope.created,
+            "model": envelope.model,
+            "system_fingerprint": envelope.fingerprint,
+            "choices": self._assembled.choices(),
+            "usage": usage_shown(usage),
+        }
+        return _dumps(answer).encode()

@@ -1,0 +1,122 @@
+"""The servers elsewhere that answer for some models, each behind a circuit breaker.
+
+The same promise as `gateway.dispatch` gives for replicas: what fails before anything was handed on is tried again or
+left to another model; afterwards the error is the caller's to tell.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import random
+import time
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import AsyncExitStack, aclosing
+from typing import Any
+
+from gateway.config import GatewayConfig, Retries
+from gateway.jobs import Attempt, Job
+from policies.breaker import Breaker, BreakerState, outcome_of
+from replicas.protocol import NoReplica, RouteDecision, SignalboxError, Unavailable, Usage
+from replicas.upstream import UpstreamCard, UpstreamConnection
+from replicas.upstream_errors import UpstreamBusy, UpstreamTimeout
+from replicas.upstream_messages import UpstreamChunk, UpstreamRequest
+from replicas.upstream_tokens import prompt_tokens
+
+# Between tries of the same upstream; doubles each time.
+_PAUSE_S = 0.1
+
+
+class UpstreamModel:
+    """A model that another server has."""
+
+    def __init__(self, connection: UpstreamConnection) -> None:
+        upstream = connection.upstream
+        self.name = upstream.name
+        origin = hashlib.blake2s(f"{upstream.origin} {upstream.model}".encode(), digest_size=5).hexdigest()
+        self.fingerprint = f"fp_{origin}"
+        self.connection = connection
+        self.breaker = Breaker()
+        self._rng = random.Random()
+
+    @property
+    def card(self) -> UpstreamCard:
+        return self.connection.card
+
+    @property
+    def ready(self) -> bool:
+        return self.connection.alive and self.breaker.can_acquire(time.monotonic())
+
+    @property
+    def state(self) -> BreakerState:
+        return self.breaker.state(time.monotonic())
+
+    def prompt_tokens(self, body: Mapping[str, Any]) -> int:
+        """Estimated: the upstream's own count decides."""
+        return prompt_tokens(body, self.connection.count)
+
+    async def generate(self, job: Job, retries: Retries) -> AsyncGenerator[list[UpstreamChunk], None]:
+        """Yield what the upstream brings. Raises the protocol's errors; NoReplica while the breaker is open."""
+        for attempt in range(retries.attempts):
+            last = attempt == retries.attempts - 1
+            try:
+                async with aclosing(self._once(job)) as stream:
+                    async for ready in stream:
+                        yield ready
+                return
+            except Unavailable as error:
+                if last or job.shown or isinstance(error, NoReplica | UpstreamBusy | UpstreamTimeout):
+                    error.retry_after_s = error.retry_after_s or retries.retry_after_s
+                    raise
+            await asyncio.sleep(_PAUSE_S * 2**attempt)
+
+    async def _once(self, job: Job) -> AsyncGenerator[list[UpstreamChunk], None]:
+        now = time.monotonic()
+        permit = self.breaker.acquire(now)
+        if permit is None:
+            wait_s = self.breaker.wait_s(now)
+            raise NoReplica(f"the upstream of {self.name!r} is failing and is left alone", retry_after_s=wait_s)
+        assert isinstance(job.request, UpstreamRequest), "jobs for upstreams are made with their requests"
+        job.attempts.append(Attempt(self._decision(job.generation), time.time()))
+        held: list[UpstreamChunk] = []
+        failed: BaseException | None = None
+
+        def settle(usage: Usage) -> None:
+            job.used = usage
+
+        try:
+            async with aclosing(self.connection.generate(job.request, settle=settle)) as stream:
+                async for ready in stream:
+                    job.first_at = job.first_at or time.perf_counter()
+                    self.breaker.started(permit, time.monotonic())
+                    if job.whole:
+                        held += ready
+                    else:
+                        job.shown = True
+                        yield ready
+            if held:
+                yield held
+        except BaseException as error:
+            failed = error
+            if isinstance(error, SignalboxError):
+                job.failed(error)
+            raise
+        finally:
+            retry_after_s = failed.retry_after_s if isinstance(failed, SignalboxError) else None
+            self.breaker.record(permit, outcome_of(failed), time.monotonic(), self._rng, retry_after_s)
+
+    def _decision(self, generation: int) -> RouteDecision:
+        name = self.connection.address.replica_id
+        return RouteDecision(
+            policy="upstream", replica_id=name, candidates=(name,), terms={"score": (0.0,)}, generation=generation
+        )
+
+
+async def connect_all(config: GatewayConfig, stack: AsyncExitStack) -> dict[str, UpstreamModel]:
+    """Every upstream of the configuration by its model's name; `stack` closes them. ConfigError without its key."""
+    models: dict[str, UpstreamModel] = {}
+    for upstream in config.upstreams:
+        connection = await UpstreamConnection.connect(upstream)
+        stack.push_async_callback(connection.aclose)
+        models[upstream.name] = UpstreamModel(connection)
+    return models
