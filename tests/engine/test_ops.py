@@ -73,10 +73,11 @@ def test_a_row_is_the_same_bits_in_any_batch_and_on_any_number_of_threads(ops: N
     x, linear = random(300, 577), ops.linear(random(200, 577, seed=1), random(200, seed=2))
     torch.set_num_threads(1)
     whole = linear(x)
-    torch.set_num_threads(2)
-    for rows in (*range(1, 33), 57, 168, 169, 300):
-        assert torch.equal(linear(x[:rows]), whole[:rows])
-        assert torch.equal(linear(x[-rows:]), whole[-rows:])
+    for threads in (2, 3, 5):  # even and uneven shares, rows of one's own or not, more threads than panels at the end
+        torch.set_num_threads(threads)
+        for rows in (*range(1, 33), 57, 112, 168, 169, 300) if threads == 2 else (1, 15, 57, 168, 300):
+            assert torch.equal(linear(x[:rows]), whole[:rows])
+            assert torch.equal(linear(x[-rows:]), whole[-rows:])
 
 
 def test_rows_gives_back_the_weight(ops: NativeOps) -> None:
