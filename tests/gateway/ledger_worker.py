@@ -28,7 +28,8 @@ def grab(url: str, name: str, accounts: tuple[Account, ...], count: int, pipe: C
 
     async def run() -> None:
         database = Database(url)
-        ledger = Ledger(database, name)
+        # small transactions, many of them, so that those of different processes meet
+        ledger = Ledger(database, name, settings=LedgerSettings(batch=2))
         await ledger.start()
         pipe.send("ready")
         await asyncio.to_thread(pipe.recv)
