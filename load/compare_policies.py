@@ -41,7 +41,7 @@ from policies.traces import TraceError, TraceRequest, read_trace, scaled
 
 POLICIES = ("round_robin", "least_load", "power_of_two", "cache_aware", "affinity")
 _SETTLE_S = 5.0  # of a policy's share of the time: publish it, start a worker, let the last requests end
-_STALL_S = 0.5  # a generator that stood still for longer has not offered the load it says
+_STALL_S = 1.0  # a generator that stood still for longer has not offered the load it says
 
 
 @dataclass(frozen=True, slots=True)
