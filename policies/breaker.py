@@ -12,8 +12,8 @@
     breaker.record(permit, outcome_of(error), now, rng, retry_after_s)       # once, in `finally`
 
 A failure is an Unavailable: nobody there, too slow, cut off, overloaded. A RequestError is an answer, so it speaks for
-the replica; what says nothing of its health (the caller left, our own configuration) is neither. Knows no clock, no
-sockets, and not what is on the other side.
+the replica; what says nothing of its health (the caller left or had no more time, our own configuration) is neither.
+Knows no clock, no sockets, and not what is on the other side.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections import deque
 from dataclasses import dataclass
 from enum import StrEnum
 
-from replicas.protocol import ConfigError, RequestError, Unavailable
+from replicas.protocol import ConfigError, DeadlineExceeded, RequestError, Unavailable
 
 
 class BreakerState(StrEnum):
@@ -90,6 +90,8 @@ _SLICES = 10
 
 def outcome_of(error: BaseException | None) -> Outcome:
     """What the end of a request says of the replica that had it."""
+    if isinstance(error, DeadlineExceeded):
+        return Outcome.NEUTRAL  # the caller's clock ran out; it may have hung, or not
     if error is None or isinstance(error, RequestError):
         return Outcome.SUCCESS
     return Outcome.FAILURE if isinstance(error, Unavailable) else Outcome.NEUTRAL

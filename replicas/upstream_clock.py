@@ -6,8 +6,9 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+from replicas.protocol import DeadlineExceeded
 from replicas.upstream_config import UpstreamTimeouts
-from replicas.upstream_errors import DeadlineExceeded, UpstreamTimeout
+from replicas.upstream_errors import UpstreamTimeout
 
 T = TypeVar("T")
 

@@ -7,8 +7,6 @@
     │   └── UpstreamBusy    429, 402, or our own bound on requests at a time (`retry_after_s`)
     └── ReplicaLost
         └── UpstreamLost    not reachable, cut off, or not speaking the protocol
-    SignalboxError
-    └── DeadlineExceeded    the caller's own time is up
 
 Credentials, addresses and model names are our configuration, so 401, 403, 404, 405 and redirects are ConfigError and
 their texts stay here. Of a 400 the caller gets message and param, since the mistake is in what the caller sent.
@@ -53,10 +51,6 @@ class UpstreamBusy(QueueFull):
 
 
 class UpstreamLost(ReplicaLost):
-    pass
-
-
-class DeadlineExceeded(SignalboxError):
     pass
 
 

@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from policies.breaker import Breaker, BreakerSettings, BreakerState, Outcome, Permit, outcome_of
 from replicas.protocol import (
     ConfigError,
+    DeadlineExceeded,
     EngineFault,
     InvalidRequest,
     ModelNotFound,
@@ -162,6 +163,7 @@ def test_results_of_requests_sent_before_it_opened_do_not_move_it() -> None:
         (EngineFault("x"), Outcome.NEUTRAL),
         (GeneratorExit(), Outcome.NEUTRAL),
         (TimeoutError(), Outcome.NEUTRAL),
+        (DeadlineExceeded("x"), Outcome.NEUTRAL),
     ],
 )
 def test_only_unavailable_speaks_against_a_replica(error: BaseException | None, outcome: Outcome) -> None:

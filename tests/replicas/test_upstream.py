@@ -25,6 +25,7 @@ from replicas.mock_upstream import MockUpstream
 from replicas.protocol import (
     ConfigError,
     ContextLengthExceeded,
+    DeadlineExceeded,
     InvalidRequest,
     QueueFull,
     ReplicaLost,
@@ -33,7 +34,7 @@ from replicas.protocol import (
 )
 from replicas.upstream import UpstreamConnection
 from replicas.upstream_config import Upstream, UpstreamTimeouts
-from replicas.upstream_errors import DeadlineExceeded, UpstreamBusy, UpstreamFailed, UpstreamLost, UpstreamTimeout
+from replicas.upstream_errors import UpstreamBusy, UpstreamFailed, UpstreamLost, UpstreamTimeout
 from replicas.upstream_messages import Assembled, UpstreamChunk, UpstreamRequest, UpstreamUsage
 
 KEY = "sk-very-secret-key-0123456789"
@@ -569,9 +570,11 @@ async def test_more_requests_than_allowed_at_a_time_are_refused_at_once(bench: B
         await anext(one)
         await anext(two)
         assert conn.unadmitted() == (2, 14)
+        assert conn.full
         error, _ = await bench.fails(conn)
         assert isinstance(error, UpstreamBusy)
     assert conn.unadmitted() == (0, 0)
+    assert not conn.full
 
 
 async def test_closing_the_connection_ends_what_is_read(bench: Bench) -> None:
