@@ -186,7 +186,8 @@ class PolicyRegister:
             if number is None:
                 raise InvalidRequest("there is nothing to roll back to: the first generation is active")
             wanted = generations.stored(connection, (number,))[number]
-            return Plan(number, diff=tuple(changes(current.normalised, wanted.normalised)))
+            ended = [f"- canary: {now.canary}"] if now.canary is not None else []
+            return Plan(number, diff=(*ended, *changes(current.normalised, wanted.normalised)))
 
         return self._change("rollback", author, why, plan)
 

@@ -14,7 +14,6 @@ from pydantic import (
     WithJsonSchema,
     field_validator,
 )
-from pydantic_core import PydanticCustomError
 
 # Keys whose feature is not built: "Section.key". They have a shape, and are refused whatever stands there. Building a
 # feature takes its key out of this set, and nothing else here changes.
@@ -40,7 +39,7 @@ class Section(BaseModel):
     @classmethod
     def _is_built(cls, value: Any, info: ValidationInfo) -> Any:
         if f"{cls.__name__}.{info.field_name}" in NOT_YET:
-            raise PydanticCustomError("not_supported_yet", "not supported yet")
+            raise ValueError("not supported yet")
         return value
 
 
@@ -49,7 +48,7 @@ def _fraction(value: Any) -> Any:
         try:
             return float(value[:-1]) / 100
         except ValueError:
-            raise PydanticCustomError("share", "must be a number from 0 to 1 or a percentage like 5%") from None
+            raise ValueError("must be a number from 0 to 1 or a percentage like 5%") from None
     return value
 
 
