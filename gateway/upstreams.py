@@ -17,9 +17,9 @@ from typing import Any
 from gateway.config import GatewayConfig, Retries
 from gateway.jobs import Attempt, Job
 from policies.breaker import Breaker, BreakerState, outcome_of
-from replicas.protocol import NoReplica, RouteDecision, SignalboxError, Unavailable, Usage
+from replicas.protocol import NoReplica, QueueFull, RouteDecision, SignalboxError, Unavailable, Usage
 from replicas.upstream import UpstreamCard, UpstreamConnection
-from replicas.upstream_errors import UpstreamBusy, UpstreamTimeout
+from replicas.upstream_errors import UpstreamTimeout
 from replicas.upstream_messages import UpstreamChunk, UpstreamRequest
 from replicas.upstream_tokens import prompt_tokens
 
@@ -65,12 +65,14 @@ class UpstreamModel:
                         yield ready
                 return
             except Unavailable as error:
-                if last or job.shown or isinstance(error, NoReplica | UpstreamBusy | UpstreamTimeout):
+                if last or job.shown or isinstance(error, NoReplica | QueueFull | UpstreamTimeout):
                     error.retry_after_s = error.retry_after_s or retries.retry_after_s
                     raise
             await asyncio.sleep(_PAUSE_S * 2**attempt)
 
     async def _once(self, job: Job) -> AsyncGenerator[list[UpstreamChunk], None]:
+        if self.connection.full:  # our own bound: it says nothing of the upstream's health
+            raise QueueFull(f"the upstream of {self.name!r} has all the requests it is allowed at a time")
         now = time.monotonic()
         permit = self.breaker.acquire(now)
         if permit is None:

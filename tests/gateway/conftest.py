@@ -166,8 +166,14 @@ class Gateway:
 
     def wait_ready(self, count: int) -> None:
         """Until so many replicas, of all models together, take work."""
+        elsewhere = {upstream.name for upstream in self.config.upstreams}
+
+        def ready() -> int:
+            counts = http.get("/health").json()["ready_replicas"]
+            return sum(number for name, number in counts.items() if name not in elsewhere)
+
         with self.http() as http:
-            self.wait_until(lambda: sum(http.get("/health").json()["ready_replicas"].values()) == count)
+            self.wait_until(lambda: ready() == count)
 
     def config_of_another(self) -> GatewayConfig:
         """Of a second gateway over the same fleet and database."""

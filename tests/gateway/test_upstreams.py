@@ -1,0 +1,185 @@
+"""Upstreams behind the gateway: right answers, answers from a fallback, or a proper error; never a false end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from gateway.config import Retries, ServedModel
+from replicas.mock_upstream import MockUpstream
+from replicas.upstream_config import Upstream, UpstreamTimeouts
+from tests.gateway.conftest import Gateway, StartGateway
+
+CHAT = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+
+
+@pytest.fixture
+def mock() -> Iterator[MockUpstream]:
+    """A misbehaving server in a thread of its own; no socket may be left open at the end."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    server = MockUpstream()
+    asyncio.run_coroutine_threadsafe(server.start(), loop).result(5)
+    yield server
+    asyncio.run_coroutine_threadsafe(server.stop(), loop).result(5)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+Start = Callable[..., Gateway]
+
+
+@pytest.fixture
+def start(start_gateway: StartGateway, mock: MockUpstream) -> Start:
+    """`start(far="behaviour", …)`: a gateway over one upstream per keyword, and the fake model."""
+
+    def begin(policy: str = "", **behaviours: str) -> Gateway:
+        timeouts = UpstreamTimeouts(connect_s=2, first_token_s=0.5, gap_s=0.5, keep_alive_s=1)
+        upstreams = tuple(
+            Upstream(
+                name=name, base_url=mock.base_url, upstream_model=behaviour, tokenizer="estimate", timeouts=timeouts
+            )
+            for name, behaviour in behaviours.items()
+        )
+        models = (ServedModel(name="fake"), *(ServedModel(name=name) for name in behaviours))
+        gateway = start_gateway(
+            replicas=None, models=models, upstreams=upstreams, retries=Retries(attempts=2, wait_s=1, retry_after_s=1)
+        )
+        if policy:
+            with gateway.register() as register:
+                register.publish(policy, author="test")
+        return gateway
+
+    return begin
+
+
+def post(gateway: Gateway, model: str, **changes: Any) -> httpx.Response:
+    with gateway.http() as http:
+        return http.post("/v1/chat/completions", json={"model": model, **CHAT, **changes})
+
+
+def test_an_upstream_answers_in_our_name(start: Start) -> None:
+    gateway = start(far="normal")
+    whole = post(gateway, "far").json()
+    assert whole["choices"][0]["message"]["content"] == "w0 w1 w2 w3 "
+    assert whole["model"] == "far"
+    assert whole["usage"]["completion_tokens"] == 4
+    stream = gateway.openai().chat.completions.create(
+        model="far", stream=True, stream_options={"include_usage": True}, **CHAT
+    )
+    chunks = list(stream)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == "w0 w1 w2 w3 "
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 4
+    assert {c.model for c in chunks} == {"far"}
+
+
+def test_completions_with_several_prompts_and_choices_keep_their_numbers(start: Start) -> None:
+    gateway = start(far="normal")
+    with gateway.http() as http:
+        body = {"model": "far", "prompt": ["a", "b"], "n": 2, "max_tokens": 2}
+        choices = http.post("/v1/completions", json=body).json()["choices"]
+    assert [choice["index"] for choice in choices] == [0, 1, 2, 3]
+    assert {choice["text"] for choice in choices} == {"w0 w1 "}
+
+
+def test_tools_are_for_upstreams_and_refused_by_name_for_our_own_engines(start: Start) -> None:
+    gateway = start(far="tool-calls")
+    client = gateway.openai()
+    message = client.chat.completions.create(model="far", tools=TOOLS, **CHAT).choices[0].message
+    assert message.tool_calls
+    refused = post(gateway, "fake", tools=TOOLS)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "tools"
+
+
+def test_in_a_group_tools_go_to_the_upstream(start: Start) -> None:
+    gateway = start("groups: {auto: {models: [fake, far]}}", far="tool-calls")
+    assert post(gateway, "auto").json()["model"] == "fake"
+    assert post(gateway, "auto", tools=TOOLS).json()["model"] == "far"
+
+
+BROKEN = [
+    "hang-before-headers",
+    "hang-before-first-token",
+    "reset:after=-1",
+    "close:after=0",
+    "status:code=500",
+    "garbage:after=0,kind=json",
+    "garbage:after=0,kind=bytes",
+]
+
+
+@pytest.mark.parametrize("behaviour", BROKEN)
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_fails_before_the_first_token_is_answered_by_the_fallback(
+    start: Start, behaviour: str, stream: bool
+) -> None:
+    gateway = start("fallbacks: {far: [fake]}", far=behaviour)
+    answer = post(gateway, "far", stream=stream)
+    assert answer.status_code == 200, answer.text
+    assert '"model":"fake"' in answer.text
+    if stream:
+        assert answer.text.endswith("data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("behaviour", BROKEN)
+def test_without_a_fallback_the_error_is_proper(start: Start, behaviour: str) -> None:
+    gateway = start(far=behaviour)
+    answer = post(gateway, "far")
+    assert answer.status_code in (502, 503, 504)
+    assert answer.json()["error"]["message"]
+    assert "127.0.0.1" not in answer.text
+
+
+def test_an_upstream_that_dies_in_the_middle_ends_in_an_error_event(start: Start) -> None:
+    gateway = start("fallbacks: {far: [fake]}", far="close:after=2")
+    lines: list[str] = []
+    with (
+        gateway.http() as http,
+        http.stream("POST", "/v1/chat/completions", json={"model": "far", **CHAT, "stream": True}) as answer,
+        pytest.raises(httpx.RemoteProtocolError),
+    ):
+        lines.extend(answer.iter_lines())
+    events = [json.loads(line[6:]) for line in lines if line.startswith("data: ")]
+    assert "error" in events[-1]
+    assert {event.get("model", "far") for event in events} == {"far"}
+    assert post(gateway, "far").json()["model"] == "fake"  # one whole answer may begin again elsewhere
+
+
+def test_a_busy_upstream_is_left_alone_for_as_long_as_it_asks(start: Start, mock: MockUpstream) -> None:
+    gateway = start(far="status:code=429,retry_after=7")
+    first, second = post(gateway, "far"), post(gateway, "far")
+    assert (first.status_code, second.status_code) == (503, 503)
+    assert int(first.headers["retry-after"]) == 7
+    assert 5 <= int(second.headers["retry-after"]) <= 9
+    assert len(mock.received) == 1
+    with gateway.http() as http:
+        assert http.get("/health").json()["ready_replicas"] == {"fake": 1, "far": 0}
+
+
+def test_a_client_that_hangs_up_is_forgotten_upstream(start: Start, mock: MockUpstream) -> None:
+    gateway = start(far="normal:gap_ms=50")
+    with gateway.http() as http:
+        body = {"model": "far", **CHAT, "max_tokens": 500, "stream": True}
+        with http.stream("POST", "/v1/chat/completions", json=body) as answer:
+            next(answer.iter_lines())
+    gateway.wait_until(lambda: mock.open_connections == 0)
+
+
+def test_explain_knows_upstreams(start: Start) -> None:
+    gateway = start("fallbacks: {far: [fake]}", far="status:code=500")
+    answer = post(gateway, "far")
+    (told,) = gateway.explain(answer.headers["x-request-id"], gateway.admin_token())
+    assert [(step["role"], step["model"]) for step in told["steps"]] == [("answer", "far"), ("fallback", "fake")]
+    assert told["steps"][0]["error"]
+    assert told["steps"][0]["attempts"][0]["policy"] == "upstream"
