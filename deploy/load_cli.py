@@ -23,12 +23,7 @@ from load.slo import parse_objectives
 from load.summary import Judging, Prices
 from load.units import BadOption, LoadError
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Load any OpenAI-shaped server honestly: latency from the scheduled send time, intervals, SLOs.",
-)
+_ARRIVALS, _CONTENTS, _JUDGING, _RUNNING = "When: arrivals", "What: contents", "Judging", "Running"
 
 _EXAMPLES = """
 Examples:
@@ -54,64 +49,145 @@ sent · 4 the generator could not keep up · 130 interrupted. Results are writte
 """
 
 
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Load any OpenAI-shaped server honestly: latency from the scheduled send time, intervals, SLOs.",
+    epilog=_EXAMPLES,
+)
+
+
 @app.command(epilog=_EXAMPLES)
 def run(
     url: Annotated[str, typer.Argument(help="http(s)://host:port, with or without /v1.")],
     model: Annotated[str | None, typer.Option(help="Model to ask; the server's only one if not given.")] = None,
-    rate: Annotated[list[float] | None, typer.Option(help="Requests a second; repeat for a sweep.")] = None,
-    arrival: Annotated[str, typer.Option(help="constant, poisson or gamma.")] = Options.arrival,
-    burstiness: Annotated[
-        float, typer.Option(help="Shape of --arrival gamma: 1 is Poisson, less is burstier.")
-    ] = Options.burstiness,
-    stages: Annotated[str | None, typer.Option(help="Rates over time: 5@30s,5-20@1m (a ramp),20@1m.")] = None,
-    concurrency: Annotated[int | None, typer.Option(min=1, help="Closed loop: callers that wait for answers.")] = None,
-    think: Annotated[str, typer.Option(help="Pause of a caller, or between turns.")] = Options.think,
-    duration: Annotated[str | None, typer.Option(help="Of the load, as in 60s (default without --requests).")] = None,
-    requests: Annotated[int | None, typer.Option(min=1, help="How many requests (or conversations).")] = None,
-    trace: Annotated[Path | None, typer.Option(help="Replay: Mooncake .jsonl, Azure .csv, recorded .jsonl.")] = None,
-    time_scale: Annotated[float, typer.Option(help="Replay this many times as fast.")] = Options.time_scale,
-    length_scale: Annotated[int, typer.Option(help="Divide the trace's lengths by this.")] = Options.length_scale,
-    prompt_tokens: Annotated[
-        str, typer.Option(help="N, normal:MEAN,SD, lognormal:MEDIAN,SIGMA, uniform:LOW,HIGH or empirical:FILE.")
-    ] = Options.prompt_tokens,
-    output_tokens: Annotated[str, typer.Option(help="max_tokens, the same forms.")] = Options.output_tokens,
-    shared_prefix: Annotated[int, typer.Option(min=0, help="Tokens in front that requests share.")] = 0,
-    prefix_groups: Annotated[int, typer.Option(min=1, help="How many different shared prefixes.")] = 1,
-    turns: Annotated[str | None, typer.Option(help="Chat sessions of so many turns.")] = None,
-    documents: Annotated[int | None, typer.Option(min=1, help="Questions about so many documents.")] = None,
-    document_tokens: Annotated[str, typer.Option(help="Length of a document.")] = Options.document_tokens,
-    prompts: Annotated[Path | None, typer.Option(help="Prompts from a file: a line each, or .jsonl.")] = None,
-    token_ids: Annotated[
-        int | None, typer.Option(metavar="VOCAB", help="Prompts as token ids below VOCAB; completions only.")
+    rate: Annotated[
+        list[float] | None, typer.Option(help="Requests a second; repeat for a sweep.", rich_help_panel=_ARRIVALS)
     ] = None,
-    endpoint: Annotated[str, typer.Option(help="chat or completions.")] = Options.endpoint,
-    stream: Annotated[bool, typer.Option("--stream/--no-stream")] = True,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Ask for full lengths (vLLM's field).")] = False,
-    extra_body: Annotated[str | None, typer.Option(help="JSON merged into every body; null removes.")] = None,
+    arrival: Annotated[
+        str, typer.Option(help="constant, poisson or gamma.", rich_help_panel=_ARRIVALS)
+    ] = Options.arrival,
+    burstiness: Annotated[
+        float, typer.Option(help="Shape of --arrival gamma: 1 is Poisson, less is burstier.", rich_help_panel=_ARRIVALS)
+    ] = Options.burstiness,
+    stages: Annotated[
+        str | None, typer.Option(help="Rates over time: 5@30s,5-20@1m (a ramp),20@1m.", rich_help_panel=_ARRIVALS)
+    ] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, help="Closed loop: callers that wait for answers.", rich_help_panel=_ARRIVALS)
+    ] = None,
+    think: Annotated[
+        str, typer.Option(help="Pause of a caller, or between turns.", rich_help_panel=_ARRIVALS)
+    ] = Options.think,
+    duration: Annotated[
+        str | None, typer.Option(help="Of the load, as in 60s (default without --requests).", rich_help_panel=_ARRIVALS)
+    ] = None,
+    requests: Annotated[
+        int | None, typer.Option(min=1, help="How many requests (or conversations).", rich_help_panel=_ARRIVALS)
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Replay: Mooncake .jsonl, Azure .csv, recorded .jsonl.", rich_help_panel=_ARRIVALS),
+    ] = None,
+    time_scale: Annotated[
+        float, typer.Option(help="Replay this many times as fast.", rich_help_panel=_ARRIVALS)
+    ] = Options.time_scale,
+    length_scale: Annotated[
+        int, typer.Option(help="Divide the trace's lengths by this.", rich_help_panel=_ARRIVALS)
+    ] = Options.length_scale,
+    prompt_tokens: Annotated[
+        str,
+        typer.Option(
+            help="N, normal:MEAN,SD, lognormal:MEDIAN,SIGMA, uniform:LOW,HIGH or empirical:FILE.",
+            rich_help_panel=_CONTENTS,
+        ),
+    ] = Options.prompt_tokens,
+    output_tokens: Annotated[
+        str, typer.Option(help="max_tokens, the same forms.", rich_help_panel=_CONTENTS)
+    ] = Options.output_tokens,
+    shared_prefix: Annotated[
+        int, typer.Option(min=0, help="Tokens in front that requests share.", rich_help_panel=_CONTENTS)
+    ] = 0,
+    prefix_groups: Annotated[
+        int, typer.Option(min=1, help="How many different shared prefixes.", rich_help_panel=_CONTENTS)
+    ] = 1,
+    turns: Annotated[
+        str | None, typer.Option(help="Chat sessions of so many turns.", rich_help_panel=_CONTENTS)
+    ] = None,
+    documents: Annotated[
+        int | None, typer.Option(min=1, help="Questions about so many documents.", rich_help_panel=_CONTENTS)
+    ] = None,
+    document_tokens: Annotated[
+        str, typer.Option(help="Length of a document.", rich_help_panel=_CONTENTS)
+    ] = Options.document_tokens,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Prompts from a file: a line each, or .jsonl.", rich_help_panel=_CONTENTS)
+    ] = None,
+    token_ids: Annotated[
+        int | None,
+        typer.Option(
+            metavar="VOCAB", help="Prompts as token ids below VOCAB; completions only.", rich_help_panel=_CONTENTS
+        ),
+    ] = None,
+    endpoint: Annotated[str, typer.Option(help="chat or completions.", rich_help_panel=_CONTENTS)] = Options.endpoint,
+    stream: Annotated[bool, typer.Option("--stream/--no-stream", rich_help_panel=_CONTENTS)] = True,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Ask for full lengths (vLLM's field).", rich_help_panel=_CONTENTS)
+    ] = False,
+    extra_body: Annotated[
+        str | None, typer.Option(help="JSON merged into every body; null removes.", rich_help_panel=_CONTENTS)
+    ] = None,
     slo: Annotated[
-        list[str] | None, typer.Option(help="ttft_p95=500ms, e2e_mean=2s, error_rate=1%; repeatable.")
+        list[str] | None,
+        typer.Option(help="ttft_p95=500ms, e2e_mean=2s, error_rate=1%; repeatable.", rich_help_panel=_JUDGING),
     ] = None,
     find_max_rate: Annotated[
-        bool, typer.Option("--find-max-rate", help="Search the highest rate within --slo.")
+        bool, typer.Option("--find-max-rate", help="Search the highest rate within --slo.", rich_help_panel=_JUDGING)
     ] = False,
-    precision: Annotated[float, typer.Option(min=0.005, max=1, help="Of --find-max-rate.")] = 0.05,
-    max_probes: Annotated[int, typer.Option(min=2, help="Of --find-max-rate.")] = 24,
-    price_in: Annotated[float, typer.Option(min=0, help="USD per million prompt tokens.")] = 0.0,
-    price_cached: Annotated[float | None, typer.Option(min=0, help="For cached ones, if cheaper.")] = None,
-    price_out: Annotated[float, typer.Option(min=0, help="USD per million output tokens.")] = 0.0,
-    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json to count the answers with.")] = None,
-    warmup: Annotated[str, typer.Option(help="auto (MSER-5), none, or a time to leave out.")] = Options.warmup,
-    timeout: Annotated[str, typer.Option(help="Of one request.")] = Options.timeout,
-    drain: Annotated[str, typer.Option(help="Wait for open requests at the end.")] = Options.drain,
-    workers: Annotated[int, typer.Option(min=1, max=256, help="Generating processes.")] = Options.workers,
-    seed: Annotated[int, typer.Option(min=0, help="Same seed, same prompts and times.")] = Options.seed,
-    api_key_env: Annotated[
-        str | None, typer.Option(help="Variable with the key; else SIGNALBOX_API_KEY, OPENAI_API_KEY.")
+    precision: Annotated[
+        float, typer.Option(min=0.005, max=1, help="Of --find-max-rate.", rich_help_panel=_JUDGING)
+    ] = 0.05,
+    max_probes: Annotated[int, typer.Option(min=2, help="Of --find-max-rate.", rich_help_panel=_JUDGING)] = 24,
+    price_in: Annotated[
+        float, typer.Option(min=0, help="USD per million prompt tokens.", rich_help_panel=_JUDGING)
+    ] = 0.0,
+    price_cached: Annotated[
+        float | None, typer.Option(min=0, help="For cached ones, if cheaper.", rich_help_panel=_JUDGING)
     ] = None,
-    insecure: Annotated[bool, typer.Option("--insecure", help="Do not check the server's certificate.")] = False,
-    metrics: Annotated[bool, typer.Option("--metrics/--no-metrics", help="Read the server's /metrics.")] = True,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Result file (a name by date).")] = None,
-    html: Annotated[Path | None, typer.Option(help="Also write the report there.")] = None,
+    price_out: Annotated[
+        float, typer.Option(min=0, help="USD per million output tokens.", rich_help_panel=_JUDGING)
+    ] = 0.0,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="tokenizer.json to count the answers with.", rich_help_panel=_JUDGING)
+    ] = None,
+    warmup: Annotated[
+        str, typer.Option(help="auto (MSER-5), none, or a time to leave out.", rich_help_panel=_JUDGING)
+    ] = Options.warmup,
+    timeout: Annotated[str, typer.Option(help="Of one request.", rich_help_panel=_RUNNING)] = Options.timeout,
+    drain: Annotated[
+        str, typer.Option(help="Wait for open requests at the end.", rich_help_panel=_RUNNING)
+    ] = Options.drain,
+    workers: Annotated[
+        int, typer.Option(min=1, max=256, help="Generating processes.", rich_help_panel=_RUNNING)
+    ] = Options.workers,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Same seed, same prompts and times.", rich_help_panel=_CONTENTS)
+    ] = Options.seed,
+    api_key_env: Annotated[
+        str | None,
+        typer.Option(help="Variable with the key; else SIGNALBOX_API_KEY, OPENAI_API_KEY.", rich_help_panel=_RUNNING),
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Do not check the server's certificate.", rich_help_panel=_RUNNING)
+    ] = False,
+    metrics: Annotated[
+        bool, typer.Option("--metrics/--no-metrics", help="Read the server's /metrics.", rich_help_panel=_RUNNING)
+    ] = True,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Result file (a name by date).", rich_help_panel=_RUNNING)
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write the report there.", rich_help_panel=_RUNNING)] = None,
 ) -> None:
     """Send load, measure, judge."""
     given = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}

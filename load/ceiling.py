@@ -86,7 +86,8 @@ def _figures(got: Collected, kind: str, seconds: float) -> Json:
 
 # ---------------------------------------------------------------------------------------------------------- libraries
 
-Ask = Callable[[], Awaitable[int]]  # one request; how many tokens came
+Saw = Callable[[], None]  # to be called for every token
+Ask = Callable[[Saw], Awaitable[None]]  # one request
 
 
 def library(name: str, url: str, kind: str, seconds: float) -> Json:
@@ -102,49 +103,48 @@ async def _library(name: str, url: str, kind: str, seconds: float) -> Json:
     if name == "httpx":
         limits = httpx.Limits(max_connections=callers, max_keepalive_connections=callers)
         async with httpx.AsyncClient(limits=limits, timeout=60) as client:
-            return await _closed(lambda: _httpx(client, path, body), callers, seconds)
+            return await _closed(lambda saw: _httpx(client, path, body, saw), callers, seconds)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=callers)) as session:
-        return await _closed(lambda: _aiohttp(session, path, body), callers, seconds)
+        return await _closed(lambda saw: _aiohttp(session, path, body, saw), callers, seconds)
 
 
-async def _httpx(client: httpx.AsyncClient, url: str, body: Json) -> int:
+async def _httpx(client: httpx.AsyncClient, url: str, body: Json, saw: Saw) -> None:
     if not body["stream"]:
         (await client.post(url, json=body)).json()
-        return 0
-    tokens = 0
+        return
     async with client.stream("POST", url, json=body) as response:
         async for line in response.aiter_lines():
-            tokens += _token(line.encode())
-    return tokens
+            if _is_token(line.encode()):
+                saw()
 
 
-async def _aiohttp(session: aiohttp.ClientSession, url: str, body: Json) -> int:
+async def _aiohttp(session: aiohttp.ClientSession, url: str, body: Json, saw: Saw) -> None:
     async with session.post(url, json=body) as response:
         if not body["stream"]:
             await response.json()
-            return 0
-        tokens = 0
+            return
         async for line in response.content:
-            tokens += _token(line)
-        return tokens
+            if _is_token(line):
+                saw()
 
 
-def _token(line: bytes) -> int:
-    if not line.startswith(b"data: {"):
-        return 0
-    return int(bool(json.loads(line[6:])["choices"][0]["delta"].get("content")))
+def _is_token(line: bytes) -> bool:
+    return line.startswith(b"data: {") and bool(json.loads(line[6:])["choices"][0]["delta"].get("content"))
 
 
 async def _closed(ask: Ask, callers: int, seconds: float) -> Json:
     end = time.monotonic() + seconds
     requests = tokens = 0
 
+    def saw() -> None:
+        nonlocal tokens
+        tokens += time.monotonic() < end
+
     async def caller() -> None:
-        nonlocal requests, tokens
+        nonlocal requests
         while time.monotonic() < end:
-            got = await ask()
-            if time.monotonic() < end:
-                requests, tokens = requests + 1, tokens + got
+            await ask(saw)
+            requests += time.monotonic() < end
 
     await asyncio.gather(*(caller() for _ in range(callers)))
     return {"requests_per_s": requests / seconds, "tokens_per_s": tokens / seconds}
