@@ -42,6 +42,12 @@ def uniform(seed: int, index: int, position: int) -> float:
     return float((x ^ (x >> 31)) >> 11) * 2.0**-53
 
 
+def _argmax(logits: Tensor) -> Tensor:
+    """[R, V] -> int64 [R], the first of equals. On a CPU numpy's is vectorised and torch's is not (32 rows of 49,152 in
+    0.4 ms against 1.8)."""
+    return torch.from_numpy(logits.numpy().argmax(axis=-1)) if logits.device.type == "cpu" else logits.argmax(dim=-1)
+
+
 class Sampler:
     """eos_token_ids: what `min_tokens` forbids beside the request's own stop_token_ids."""
 
@@ -52,7 +58,7 @@ class Sampler:
         """logits: float32 [R, V], row i for the next token of rows[i]; it may be overwritten. Returns R results."""
         raw = self._raw_logprobs(logits, rows)
         logits = self._apply_edits(logits, rows)
-        chosen = logits.argmax(dim=-1)
+        chosen = _argmax(logits)
         drawn = [i for i, seq in enumerate(rows) if seq.sampling.temperature >= _GREEDY_BELOW]
         if drawn:
             picked = logits if len(drawn) == len(rows) else logits[drawn]

@@ -70,6 +70,12 @@ def test_draws_follow_the_distribution(params: dict[str, Any]) -> None:
     assert np.abs(got - want).sum() / 2 < math.sqrt(np.count_nonzero(want) / 4000)
 
 
+def test_greedy_takes_the_first_of_equal_logits() -> None:
+    logits = torch.tensor([[0.0, 2.0, 2.0, 1.0], [3.0, 3.0, 3.0, 3.0]])
+    rows = [sequence(temperature=0) for _ in range(2)]
+    assert [sampled.token_id for sampled in Sampler([])(logits, rows)] == [1, 0]
+
+
 def test_nucleus_wider_than_the_sorted_head_is_exact_too() -> None:
     logits = torch.zeros(1, 5000)
     tokens = {
