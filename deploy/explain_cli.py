@@ -7,8 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from deploy import paths
-from deploy.keys_cli import Database
+from deploy.generations_cli import Database, database_url
 
 
 def explain(
@@ -26,7 +25,7 @@ def explain(
     from gateway.mailbox import ask_all
     from replicas.protocol import Unavailable
 
-    engine = open_engine(database or f"sqlite:///{paths.state_dir() / 'signalbox.db'}")
+    engine = open_engine(database_url(database))
     try:
         answers = ask_all(engine, EXPLAIN, request_id)
     finally:

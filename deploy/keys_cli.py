@@ -8,22 +8,13 @@ from typing import Annotated
 import typer
 
 from deploy import paths
+from deploy.generations_cli import Database, database_url
 from gateway.keys import ApiKey, KeyRegister, load_secret
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
-Database = Annotated[
-    str,
-    typer.Option(
-        envvar="SIGNALBOX_DATABASE",
-        help="SQLAlchemy URL of the gateway's database; the file in SIGNALBOX_HOME by default.",
-    ),
-]
-
-
 def _register(database: str) -> KeyRegister:
-    state_dir = paths.state_dir()
-    return KeyRegister(database or f"sqlite:///{state_dir / 'signalbox.db'}", load_secret(state_dir))
+    return KeyRegister(database_url(database), load_secret(paths.state_dir()))
 
 
 @app.command()

@@ -32,7 +32,7 @@ from gateway.keys import KeyRing, load_secret
 from gateway.mailbox import Mailbox
 from gateway.metrics import Metrics
 from gateway.policy_follower import PolicyFollower
-from gateway.rules import ModelGroup, Rules, compiler, fleet_names, rules_for
+from gateway.rules import ModelGroup, Rules, compiler, fleet_names, predictor_folder, rules_for
 from gateway.schemas import ErrorResponse, Health, ModelList, ModelObject
 from gateway.shadow import Shadows
 from gateway.totals import METRICS, Totals
@@ -89,7 +89,13 @@ class _Gateway:
             policies = PolicyFollower(database, config.gateway_id, fleet_names(config), compiler(config))
             stack.push_async_callback(policies.aclose)
             await policies.start()
-            admin = Admin(database, config.database_url, secret, names=fleet_names(config))
+            admin = Admin(
+                database,
+                config.database_url,
+                secret,
+                names=fleet_names(config),
+                predictors=predictor_folder(config),
+            )
             stack.push_async_callback(admin.aclose)
             book = RecordBook()
             mailbox = Mailbox(database, config.gateway_id, {EXPLAIN: book.explain, METRICS: self.totals.export})

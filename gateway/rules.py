@@ -82,6 +82,11 @@ def fleet_names(config: GatewayConfig) -> FleetNames:
     )
 
 
+def predictor_folder(config: GatewayConfig) -> Path:
+    """Below it lie the predictors that a document names by relative paths."""
+    return Path(config.state_dir or ".") / "predictors"
+
+
 def compiler(config: GatewayConfig) -> Callable[[int, PolicyDocument], Rules]:
     """(number, document) -> Rules for this gateway's fleet. Blocking: predictors are read from disk.
 
@@ -89,7 +94,7 @@ def compiler(config: GatewayConfig) -> Callable[[int, PolicyDocument], Rules]:
     """
     served = {name: model for model in config.models for name in (model.name, *model.aliases)}
     elsewhere = {upstream.name for upstream in config.upstreams}
-    folder = Path(config.state_dir or ".") / "predictors"
+    folder = predictor_folder(config)
 
     def compile_rules(generation: int, document: PolicyDocument) -> Rules:
         predictors = load_predictors(document, folder)
