@@ -2,13 +2,15 @@
 
 `library()` gives the kernels or None, and `why_not()` the reason; everything above falls back to torch then.
 
+    kernels.h        what the sources offer to Python and to one another
     simd.h           vectors of the target's widest size, exp2
-    team.h           how many threads to use while other processes want the cores too
+    team.h           how many threads to use while other processes want the cores too, and who does what
     gemm.h, gemm.cpp linear layers on packed weights, and the register tile that attention shares
     attention.cpp    paged attention over a mixed batch
+    stack.cpp        all layers of a decoder in one call
     elementwise.cpp  RMSNorm (with residual), RoPE, SiLU * up
     compiler.py      flags, cache
-    ops.py, paged.py the Ops and Attention of the engine, on top of these
+    ops.py, paged.py, stack.py: the Ops, Attention and Stack of the engine, on top of these
 
 Environment: SIGNALBOX_NATIVE=0 switches them off, CXX names the compiler, SIGNALBOX_CACHE (or XDG_CACHE_HOME) says
 where the built library is kept. `python -m replicas.engine.native` builds ahead of first use.
