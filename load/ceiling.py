@@ -165,7 +165,7 @@ def measure(seconds: float) -> Json:
                 "aiohttp": library("aiohttp", url, kind, seconds),
                 "httpx": library("httpx", url, kind, seconds),
             }
-            found["lag"][kind] = lag(url, kind, seconds)
+            found["lag"][kind] = lag(url, kind, 2 * seconds)  # one stall of the machine is no p99
     found["targets"] = {
         "requests_per_s": found["closed"]["unary"]["signalbox"]["requests_per_s"] >= TARGETS["requests_per_s"],
         "tokens_per_s": found["closed"]["streams"]["signalbox"]["tokens_per_s"] >= TARGETS["tokens_per_s"],
@@ -197,7 +197,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m load.ceiling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seconds", type=float, default=4.0, help="of each of the eight measurements (4)")
+    parser.add_argument(
+        "--seconds", type=float, default=4.0, help="of each closed loop; open loops take twice as long (4)"
+    )
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
     options = parser.parse_args()

@@ -112,8 +112,8 @@ def _is_distribution(metric: Any) -> bool:
     return isinstance(metric, dict) and isinstance(metric.get("successful"), dict) and "mean" in metric["successful"]
 
 
-def rows(mine: Json, peer: Json, throughput: float | None) -> list[Json]:
-    """Name, truth and both measured means; None where a tool has no such figure."""
+def rows(mine: Json, peer: Json, throughput: float, *, steady: bool) -> list[Json]:
+    """Name, truth and both measured means; None where a tool has no such figure. `steady`: theirs has such a rate."""
     latency = {metric: found and found["mean"]["value"] for metric, found in mine["latency"].items()}
     found = [
         (
@@ -130,16 +130,13 @@ def rows(mine: Json, peer: Json, throughput: float | None) -> list[Json]:
         ("E2E from send", "request_latency", E2E_S, latency["e2e_sent"], peer["request_latency"]),
         ("E2E", "request_scheduled_latency", E2E_S, latency["e2e"], peer.get("request_scheduled_latency")),
     ]
-    if throughput is not None:
-        rates = {name: mine["rates"][name]["value"] for name in ("requests_per_s", "output_tokens_per_s")}
-        found.append(
-            ("requests/s", "requests_per_second", throughput, rates["requests_per_s"], peer["requests_per_second"])
-        )
-        tokens = throughput * TOKENS
-        found.append(
-            ("output tokens/s", "output_tokens_per_second", tokens, rates["output_tokens_per_s"],
-             peer["output_tokens_per_second"])
-        )  # fmt: skip
+    rates = (
+        ("requests/s", "requests_per_second", throughput, "requests_per_s"),
+        ("output tokens/s", "output_tokens_per_second", throughput * TOKENS, "output_tokens_per_s"),
+    )
+    for name, theirs_name, truth, key in rates:
+        peer_name, peer_rate = (theirs_name, peer[theirs_name]) if steady else (None, None)
+        found.append((name, peer_name, truth, mine["rates"][key]["value"], peer_rate))
     return [dict(zip(("ours", "guidellm", "truth", "measured", "peer"), one, strict=True)) for one in found]
 
 
@@ -161,14 +158,13 @@ def show(title: str, table: list[Json], console: Console) -> None:
 def measure(command: Path, requests: int) -> dict[str, list[Json]]:
     found = {}
     with null_server("--ttft", f"{TTFT_S}s", "--itl", f"{ITL_S}s") as url:
-        throughput = CALLERS / E2E_S
         mine = ours(url, ClosedLoop(CALLERS, limit=requests))
         peer = theirs(command, url, f"kind=concurrent,streams={CALLERS}", requests)
-        found[f"{CALLERS} callers"] = rows(mine, peer, throughput)
+        found[f"{CALLERS} callers"] = rows(mine, peer, CALLERS / E2E_S, steady=True)
         mine = ours(url, OpenLoop((Stage(RATE, RATE, requests / RATE),), "constant"))
         peer = theirs(command, url, f"kind=constant,rate={RATE:g}", requests)
         # theirs counts from the first send to the last answer of a run that begins and ends empty: no steady rate
-        found[f"{RATE:g} requests/s, constant"] = rows(mine, peer, None)
+        found[f"{RATE:g} requests/s, constant"] = rows(mine, peer, RATE, steady=False)
     return found
 
 

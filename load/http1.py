@@ -71,12 +71,22 @@ def parse_url(url: str) -> Origin:
 
 
 def resolve(origin: Origin) -> str:
-    """An address of the host, looked up once. Raises Unreachable."""
+    """An address of the host, looked up once: the first at which somebody listens. Raises Unreachable.
+
+    "localhost" is ::1 first on many machines, and many servers listen on 127.0.0.1 only.
+    """
     try:
         found = socket.getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM)
     except OSError as error:
         raise Unreachable(f"{origin.host} is not known: {error.strerror or error}") from None
-    return str(found[0][4][0])
+    addresses = list(dict.fromkeys(str(one[4][0]) for one in found))
+    for address in addresses if len(addresses) > 1 else ():
+        try:
+            socket.create_connection((address, origin.port), timeout=3).close()
+            return address
+        except OSError:
+            continue
+    return addresses[0]
 
 
 def request_head(origin: Origin, method: str, path: str, headers: Mapping[str, str]) -> bytes:
