@@ -6,7 +6,7 @@
     simd.h           vectors of the target's widest size, exp2
     team.h           how many threads to use while other processes want the cores too, and who does what
     gemm.h, gemm.cpp linear layers on packed weights, and the register tile that attention shares
-    attention.cpp    paged attention over a mixed batch
+    attention.cpp    paged attention over a mixed batch; key_block.h is what it does with 64 keys
     stack.cpp        all layers of a decoder in one call
     elementwise.cpp  RMSNorm (with residual), RoPE, SiLU * up
     compiler.py      flags, cache
