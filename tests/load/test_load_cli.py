@@ -207,3 +207,15 @@ def test_help_has_examples_and_the_exit_statuses(tmp_path: Path) -> None:
     assert done.returncode == 0
     for word in ("--find-max-rate", "--trace", "Examples", "Exit status"):
         assert word in done.stdout
+
+
+def test_a_search_keeps_its_probes(null: Start, tmp_path: Path) -> None:
+    options = ("--rate", "20", "--duration", "500ms", "--find-max-rate", "--max-probes", "3", "--slo", "e2e_p90=1us")
+    done, document = run(tmp_path, null(), *options)
+    assert done.returncode == 1, done.stderr
+    assert "no rate" in done.stdout
+    assert document is not None
+    assert document["kind"] == "search"
+    assert document["search"]["rate"] is None
+    assert [probe["met"] for probe in document["search"]["probes"]] == [False] * 3
+    assert len(document["runs"]) == 3
