@@ -96,10 +96,10 @@ class Replicas(_Section):
 
 
 class Price(_Section):
-    """US dollars per million tokens."""
+    """US dollars per million tokens. cached_input: as input where it is not given."""
 
     input: float = Field(default=0.0, ge=0)
-    cached_input: float = Field(default=0.0, ge=0)
+    cached_input: float | None = Field(default=None, ge=0)
     output: float = Field(default=0.0, ge=0)
 
 
@@ -236,7 +236,7 @@ class Fleet(_Section):
                     name=model.name,
                     aliases=model.aliases,
                     default_max_tokens=model.default_max_tokens,
-                    price=model.price.model_dump(),
+                    price=model.price.model_dump(exclude_none=True),
                 )
                 for model in self.models
             ),

@@ -14,10 +14,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gateway import dispatch, passing
+from gateway.billing import Bill, claimant
 from gateway.config import GatewayConfig, Retries
 from gateway.explain import Record, Step
 from gateway.fleet import Fleet
 from gateway.jobs import Job
+from gateway.keys import ApiKey
+from gateway.ledger.ledger import Ledger
 from gateway.metrics import Histogram, Metrics, ModelMetrics
 from gateway.models import Model, item_path
 from gateway.passing import PassedRequest
@@ -27,9 +30,15 @@ from gateway.routes import route_request
 from gateway.rules import ModelGroup, Rules
 from gateway.select import Selection, Size, select_from, select_model
 from gateway.upstreams import UpstreamModel
+from policies.budget import Subject
 from policies.rightsize.cascade import Cascade, confidence
 from replicas.protocol import Chunk, EngineFault, GenerateRequest, InvalidRequest, RequestError, Unavailable, Usage
 from replicas.upstream_messages import UpstreamRequest
+
+# Reserved where neither caller nor fleet file says how long an upstream's answer may become.
+_MOST_TOKENS_OF_AN_UPSTREAM = 4096
+# On the books, who pays for what is run to check answers.
+SHADOW_KEY = "(shadow)"
 
 Request = ChatRequest | CompletionRequest | PassedRequest
 AnyChunks = AsyncGenerator[list[Any], None]  # of Chunk, or of UpstreamChunk
@@ -69,14 +78,15 @@ class Asked:
     """One caller's request on its way through this gateway.
 
     body: as it came. unsupported: why no local engine can do this, where only an upstream may be able to; `request`
-    then is a PassedRequest.
+    then is a PassedRequest. first_try: the caller says that it has not sent this before.
     """
 
     kind: Kind
     request: Any
     body: bytes
-    tenant: str
+    key: ApiKey
     unsupported: RequestError | None = None
+    first_try: bool = False
     rules: Rules
     record: Record
     laps: Laps
@@ -115,8 +125,9 @@ class Opened:
 
 
 class Answering:
-    def __init__(self, config: GatewayConfig, fleet: Fleet, metrics: Metrics) -> None:
+    def __init__(self, config: GatewayConfig, fleet: Fleet, metrics: Metrics, ledger: Ledger) -> None:
         self._config = config
+        self._ledger = ledger
         self._fleet = fleet
         self._metrics = metrics
 
@@ -192,7 +203,7 @@ class Answering:
         if name in upstreams:
             return upstreams[name].prompt_tokens(self._passed(asked).body)
         model = await self._fleet.model(self._fleet.served(name), self._config.retries.wait_s)
-        return sum(map(len, await asked.kind.encode(asked.request, model, asked.tenant)))
+        return sum(map(len, await asked.kind.encode(asked.request, model, asked.key.tenant)))
 
     # ------------------------------------------------------------------------------------------------- running it
 
@@ -240,10 +251,10 @@ class Answering:
     ) -> tuple[Step, AnyChunks, Model | UpstreamModel]:
         upstream = self._fleet.upstreams.get(name)
         if upstream is not None:
-            job = self._passed_job(asked, upstream, whole=whole)
+            job = self._passed_job(asked, upstream, role, whole=whole)
             return self._begun(asked, name, role, [job]), upstream.generate(job, retries), upstream
         model = await self._fleet.model(self._fleet.served(name), retries.wait_s)
-        jobs = await self._plan(asked, model, whole=whole, logprobs=role == "cascade")
+        jobs = await self._plan(asked, model, role, whole=whole)
         step = self._begun(asked, name, role, jobs)
         streams = [dispatch.generate(self._fleet, job, retries) for job in jobs]
         n = asked.request.choices
@@ -260,11 +271,26 @@ class Answering:
         record.steps.append(step)
         return step
 
+    def _bill(self, asked: Asked, model: str, role: str) -> Bill:
+        """A shadow is run for our own sake: it is on the books, but on no key's account."""
+        key, rules = asked.key, asked.rules
+        subject = Subject(key=SHADOW_KEY if role == "shadow" else key.name, team=key.tenant, model=model)
+        limits = rules.limits.applying(subject)
+        return Bill(
+            ledger=self._ledger,
+            subject=subject,
+            price=rules.prices[model],
+            accounts=rules.budgets.accounts(subject),
+            limits=limits,
+            claimant=claimant(key.id, asked.body) if limits else b"",
+            fresh=asked.first_try,
+        )
+
     def _passed(self, asked: Asked) -> PassedRequest:
         request = asked.request
         return request if isinstance(request, PassedRequest) else passing.read(asked.body, asked.kind.param)
 
-    def _passed_job(self, asked: Asked, upstream: UpstreamModel, *, whole: bool) -> Job:
+    def _passed_job(self, asked: Asked, upstream: UpstreamModel, role: str, *, whole: bool) -> Job:
         """The whole body as one job, however many prompts it has."""
         body = dict(self._passed(asked).body)
         if asked.request.token_limit is None and upstream.card.default_max_tokens:
@@ -275,14 +301,24 @@ class Answering:
             prompt_tokens=upstream.prompt_tokens(body),
             unary=not asked.request.stream,
         )
-        return Job(model=upstream.name, request=request, route=None, generation=asked.rules.generation, whole=whole)
+        limit = body.get("max_completion_tokens") or body.get("max_tokens") or _MOST_TOKENS_OF_AN_UPSTREAM
+        return Job(
+            model=upstream.name,
+            request=request,
+            route=None,
+            generation=asked.rules.generation,
+            whole=whole,
+            max_tokens=limit * request.choices,
+            bill=self._bill(asked, upstream.name, role),
+        )
 
-    async def _plan(self, asked: Asked, model: Model, *, whole: bool, logprobs: bool) -> list[Job]:
+    async def _plan(self, asked: Asked, model: Model, role: str, *, whole: bool) -> list[Job]:
         """One job per prompt; everything the caller may have got wrong is found here at the latest."""
         kind, request, rules = asked.kind, asked.request, asked.rules
-        prompts = await kind.encode(request, model, asked.tenant)
+        prompts = await kind.encode(request, model, asked.key.tenant)
         answer_id = f"{kind.id_prefix}-{secrets.token_hex(12)}"
-        wanted = 0 if logprobs and request.logprobs_wanted is None else request.logprobs_wanted
+        wanted = 0 if role == "cascade" and request.logprobs_wanted is None else request.logprobs_wanted
+        bill = self._bill(asked, model.name, role)
         jobs = []
         for number, ids in enumerate(prompts):
             param = item_path(kind.param, number, len(prompts))
@@ -292,12 +328,14 @@ class Answering:
             job = Job(
                 model=model.name,
                 request=GenerateRequest(
-                    request_id=request_id, prompt_token_ids=ids, sampling=sampling, tenant=asked.tenant
+                    request_id=request_id, prompt_token_ids=ids, sampling=sampling, tenant=asked.key.tenant
                 ),
-                route=route_request(model.card, asked.tenant, request_id, ids, max_tokens),
+                route=route_request(model.card, asked.key.tenant, request_id, ids, max_tokens),
                 policy=rules.policy,
                 generation=rules.generation,
                 whole=whole,
+                max_tokens=max_tokens * sampling.n,
+                bill=bill,
             )
             jobs.append(job)
         return jobs

@@ -29,6 +29,8 @@ from gateway.explain import EXPLAIN, RecordBook
 from gateway.fleet import Fleet
 from gateway.generate import CHAT, COMPLETION, Generate, Services
 from gateway.keys import KeyRing, load_secret
+from gateway.ledger.books import Books
+from gateway.ledger.ledger import Ledger
 from gateway.mailbox import Mailbox
 from gateway.metrics import Metrics
 from gateway.policy_follower import PolicyFollower
@@ -101,7 +103,13 @@ class _Gateway:
             mailbox = Mailbox(database, config.gateway_id, {EXPLAIN: book.explain, METRICS: self.totals.export})
             stack.push_async_callback(mailbox.aclose)
             await mailbox.start()
-            answering = Answering(config, fleet, self.metrics)
+            ledger = Ledger(database, config.gateway_id)
+            stack.push_async_callback(ledger.aclose)
+            await ledger.start()
+            books = Books(database, ledger, secret)
+            stack.push_async_callback(books.aclose)
+            books.start()
+            answering = Answering(config, fleet, self.metrics, ledger)
             shadows = Shadows(answering, self.metrics)
             stack.push_async_callback(shadows.aclose)
             services = Services(

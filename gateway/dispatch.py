@@ -12,9 +12,11 @@ from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
+from gateway.billing import charge
 from gateway.config import Retries
 from gateway.fleet import Fleet
 from gateway.jobs import Attempt, Job
+from gateway.ledger.entries import attempt_id
 from gateway.routes import Choice
 from replicas.protocol import (
     Chunk,
@@ -45,16 +47,19 @@ async def generate(fleet: Fleet, job: Job, retries: Retries) -> Chunks:
     tried: set[str] = set()
     last: Unavailable | None = None
     for attempt in range(retries.attempts):
-        choice = _choose(fleet, job, tried) or await _wait_for_replica(fleet, job, tried, last, deadline, retries)
-        job.attempts.append(Attempt(choice.decision, time.time()))
-        # an id of its own per attempt: the one before may still run on a replica that only we lost
-        named = replace(request, request_id=f"{request.request_id}-r{attempt}") if attempt else request
+        choice: Choice | None = None
         held: list[Chunk] = []
+        meter = await charge(job, attempt)
         try:
+            choice = _choose(fleet, job, tried) or await _wait_for_replica(fleet, job, tried, last, deadline, retries)
+            job.attempts.append(Attempt(choice.decision, time.time()))
+            # an id of its own per attempt: the one before may still run on a replica that only we lost
+            named = request if not attempt else replace(request, request_id=attempt_id(request.request_id, attempt))
             with fleet.routes[job.model].counted(route, choice):
                 async with aclosing(choice.connection.generate(named)) as stream:
                     async for ready in stream:
                         job.first_at = job.first_at or time.perf_counter()
+                        meter.saw(ready)
                         if job.whole:
                             held += ready
                         else:
@@ -64,11 +69,16 @@ async def generate(fleet: Fleet, job: Job, retries: Retries) -> Chunks:
                 yield held
             return
         except SignalboxError as error:
+            if choice is None:
+                raise
             job.failed(error)
+            meter.void = not job.shown
             if job.shown or not isinstance(error, Unavailable):
                 raise
             last = error
             tried.add(choice.decision.replica_id)
+        finally:
+            meter.end()
         if isinstance(last, ReplicaLost):
             await asyncio.sleep(_PAUSE_S * (attempt + 1))
     assert last is not None, "at least one attempt is configured"

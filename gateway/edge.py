@@ -11,7 +11,7 @@ import logging
 import re
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -37,7 +37,8 @@ class ClientGone(Exception):
 class Exchange:
     """One request as the edge sees it. `started` is perf_counter's; status 0 means nothing was sent yet.
 
-    `route` is the pattern that matched, where the endpoint is not one of FastAPI's, which say so in the scope.
+    `headers` go with whatever is answered. `route` is the pattern that matched, where the endpoint is not one of
+    FastAPI's, which say so in the scope.
     """
 
     request_id: bytes
@@ -46,12 +47,13 @@ class Exchange:
     send: Send
     status: int = 0
     route: str = ""
+    headers: list[tuple[bytes, bytes]] = field(default_factory=list)
 
     async def send_stamped(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             elapsed_ms = (time.perf_counter() - self.started) * 1e3
-            headers = [*message.get("headers", ()), (b"openai-processing-ms", b"%d" % round(elapsed_ms))]
+            headers = [*message.get("headers", ()), *self.headers, (b"openai-processing-ms", b"%d" % round(elapsed_ms))]
             if self.sends_id:
                 headers.append((b"x-request-id", self.request_id))
             message = {**message, "headers": headers}

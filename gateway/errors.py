@@ -10,7 +10,9 @@ import math
 from dataclasses import dataclass
 
 from gateway.explain import UnknownRequest
+from gateway.ledger.entries import LimitReached
 from gateway.policy_errors import PolicyConflict, PublishRefused, UnknownGeneration
+from policies import limits
 from policies.yaml_text import DocumentError
 from replicas.protocol import (
     AuthenticationFailed,
@@ -94,6 +96,8 @@ def error_headers(error: SignalboxError) -> list[tuple[bytes, bytes]]:
     if row.status == 503 or error.retry_after_s is not None:
         # whole seconds (RFC 9110 section 10.2.3), never 0: that would invite a tight loop
         headers.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after_s or 1.0))))
+    if isinstance(error, LimitReached):
+        headers += limits.headers(error.standings)
     return headers
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from gateway.config import GatewayConfig
 from gateway.edge import EXCHANGE, ClientGone, Exchange, HangUp, header, read_body
 from gateway.errors import INTERNAL, error_body, http_error
 from gateway.explain import Record, RecordBook
+from gateway.jobs import Job
 from gateway.keys import ApiKey, KeyRing
 from gateway.metrics import Metrics
 from gateway.models import Model
@@ -32,6 +34,7 @@ from gateway.requests import ChatRequest, CompletionRequest
 from gateway.responses import DONE, ChatShape, Collected, CompletionShape, Envelope, EventWriter
 from gateway.rules import ModelGroup, Rules, rules_for
 from gateway.shadow import Shadows
+from policies import limits
 from replicas.protocol import InvalidRequest, NotSupported, RequestError, SignalboxError, Usage
 
 logger = logging.getLogger(__name__)
@@ -86,8 +89,8 @@ class Generate:
         record = self._record(exchange, key, rules.generation)
         services.book.add(record)
         try:
-            limits = services.config.limits
-            body = await read_body(scope, receive, limits.max_body_bytes, limits.body_timeout_s)
+            bounds = services.config.limits
+            body = await read_body(scope, receive, bounds.max_body_bytes, bounds.body_timeout_s)
             laps.lap("read")
             request, unsupported = self._parse(body, rules)
             record.asked, record.stream = request.model, bool(request.stream)
@@ -97,13 +100,14 @@ class Generate:
                 request=request,
                 body=body,
                 unsupported=unsupported,
-                tenant=key.tenant,
+                key=key,
+                first_try=header(scope, b"x-stainless-retry-count") == b"0",
                 rules=rules,
                 record=record,
                 laps=laps,
             )
             async with HangUp(receive, not services.config.server_cancels) as hang_up:
-                await self._answer(asked, hang_up, send)
+                await self._answer(asked, exchange, hang_up, send)
             record.status = exchange.status
         except SignalboxError as error:
             record.status, record.error = http_error(error).status, error.message
@@ -151,10 +155,11 @@ class Generate:
             generation=generation,
         )
 
-    async def _answer(self, asked: Asked, hang_up: HangUp, send: Send) -> None:
+    async def _answer(self, asked: Asked, exchange: Exchange, hang_up: HangUp, send: Send) -> None:
         services = self._services
         async with AsyncExitStack() as stack:
             opened = await services.answering.open(asked, stack, services.shadows.safety_scale)
+            exchange.headers += _limit_headers(opened.step.jobs)
             opened.metrics.in_flight += 1
             try:
                 envelope = Envelope(
@@ -237,6 +242,11 @@ class Generate:
         await send({"type": "http.response.body", "body": text.encode() + DONE})
         if kept is not None:
             self._services.shadows.consider(asked, opened, "".join(kept))
+
+
+def _limit_headers(jobs: Sequence[Job]) -> list[tuple[bytes, bytes]]:
+    standings = [each for job in jobs if job.bill for one in job.bill.reservations for each in one.standings]
+    return limits.headers(standings) if standings else []
 
 
 async def _send_error(error: SignalboxError, send: Send) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from gateway.billing import Bill
 from gateway.routes import DEFAULT_POLICY
 from policies.fleet_view import RouteRequest
 from replicas.protocol import GenerateRequest, RouteDecision, SignalboxError, Usage
@@ -24,6 +25,7 @@ class Job:
     """A prompt on its way. `attempts` grows with every replica it is given to.
 
     whole: nobody sees the answer before it is complete, so it may begin again elsewhere even after its first token.
+    max_tokens: of all its choices together. bill: who pays; None where nobody does.
     first_at: when its first chunk came (perf_counter). shown: something of the answer was handed on. used: what is
     known to have been used, set when it ends. route: what a choice among replicas is made by; upstreams need none.
     """
@@ -34,6 +36,8 @@ class Job:
     policy: str = DEFAULT_POLICY
     generation: int = 0
     whole: bool = False
+    max_tokens: int = 0
+    bill: Bill | None = None
     first_at: float | None = None
     shown: bool = False
     used: Usage | None = None

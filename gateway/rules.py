@@ -11,9 +11,10 @@ from pathlib import Path
 
 from gateway.config import GatewayConfig, ServedModel
 from gateway.policy_follower import PolicyFollower
-from policies import prices
-from policies.budget import Price
+from policies import budget, limits, prices
+from policies.budget import Budgets, Price
 from policies.document import FleetNames, Group, PolicyDocument, Prices, load_predictors
+from policies.limits import RateLimits
 from policies.rightsize.cascade import Cascade
 from policies.rightsize.choose import PricedModel, Trade
 from policies.rightsize.guarantee import Promise
@@ -45,6 +46,8 @@ class Rules:
     served: Mapping[str, ServedModel]
     groups: Mapping[str, ModelGroup]
     prices: Mapping[str, Price]
+    budgets: Budgets
+    limits: RateLimits
 
     @property
     def policy(self) -> str:
@@ -107,7 +110,15 @@ def compiler(config: GatewayConfig) -> Callable[[int, PolicyDocument], Rules]:
         groups = {
             name: _group(name, group, document, priced, predictors.get(name)) for name, group in document.groups.items()
         }
-        return Rules(generation=generation, document=document, served=served, groups=groups, prices=priced)
+        return Rules(
+            generation=generation,
+            document=document,
+            served=served,
+            groups=groups,
+            prices=priced,
+            budgets=budget.from_document(document.budgets),
+            limits=limits.from_document(document.rate_limits),
+        )
 
     return compile_rules
 

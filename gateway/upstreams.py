@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import AsyncExitStack, aclosing
 from typing import Any
 
+from gateway.billing import Meter, charge
 from gateway.config import GatewayConfig, Retries
 from gateway.jobs import Attempt, Job
 from policies.breaker import Breaker, BreakerState, outcome_of
@@ -59,18 +60,22 @@ class UpstreamModel:
         """Yield what the upstream brings. Raises the protocol's errors; NoReplica while the breaker is open."""
         for attempt in range(retries.attempts):
             last = attempt == retries.attempts - 1
+            meter = await charge(job, attempt)
             try:
-                async with aclosing(self._once(job)) as stream:
+                async with aclosing(self._once(job, meter)) as stream:
                     async for ready in stream:
                         yield ready
                 return
             except Unavailable as error:
+                meter.void = not job.shown
                 if last or job.shown or isinstance(error, NoReplica | QueueFull | UpstreamTimeout):
                     error.retry_after_s = error.retry_after_s or retries.retry_after_s
                     raise
+            finally:
+                meter.end()
             await asyncio.sleep(_PAUSE_S * 2**attempt)
 
-    async def _once(self, job: Job) -> AsyncGenerator[list[UpstreamChunk], None]:
+    async def _once(self, job: Job, meter: Meter) -> AsyncGenerator[list[UpstreamChunk], None]:
         if self.connection.full:  # our own bound: it says nothing of the upstream's health
             raise QueueFull(f"the upstream of {self.name!r} has all the requests it is allowed at a time")
         now = time.monotonic()
@@ -84,7 +89,7 @@ class UpstreamModel:
         failed: BaseException | None = None
 
         def settle(usage: Usage) -> None:
-            job.used = usage
+            meter.used = usage
 
         try:
             async with aclosing(self.connection.generate(job.request, settle=settle)) as stream:

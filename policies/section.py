@@ -20,8 +20,6 @@ from pydantic import (
 NOT_YET = frozenset(
     {
         "PolicyDocument.priorities",
-        "PolicyDocument.budgets",
-        "PolicyDocument.rate_limits",
         "PolicyDocument.admission",
         "PolicyDocument.retries",
         "PolicyDocument.hedging",

@@ -30,7 +30,9 @@ _POSTGRES_MIGRATION_LOCK = 0x516E4164
 
 def open_engine(url: str) -> Engine:
     """An engine with the schema at head. Safely raced by several processes: one migrates, the others wait for it."""
-    parsed = make_url(url)
+    parsed = make_url(url.replace("postgres://", "postgresql://", 1))  # hosting services write it so
+    if parsed.drivername == "postgresql":
+        parsed = parsed.set(drivername="postgresql+psycopg")
     if parsed.get_backend_name() == "sqlite":
         if parsed.database and parsed.database != ":memory:":
             Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)

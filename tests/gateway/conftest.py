@@ -39,7 +39,7 @@ from replicas.server import ReplicaServer
 
 MODEL = "fake"
 # Names of tasks that run for as long as a gateway does.
-OWN_TASKS = ("keep-", "leave-", "fleet-", "key-", "snapshot-", "policy-", "mailbox")
+OWN_TASKS = ("keep-", "leave-", "fleet-", "key-", "snapshot-", "policy-", "mailbox", "ledger-")
 
 
 @dataclass

@@ -1,0 +1,116 @@
+"""Every attempt at a request holds what it may cost before it runs, and pays what it did cost, however it ends.
+
+    meter = await charge(job, attempt)      # BudgetExceeded or RateLimited when it may not run
+    try:
+        ... meter.saw(chunks) ...
+    finally:
+        meter.end()                         # settled or released
+
+Retries, a cascade's two models, a fallback and a shadow are attempts of their own. An attempt that brought no token is
+given back as a whole; one that was cut short pays for the tokens that came.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from gateway.ledger.entries import Reservation, Spend
+from policies.budget import Account, Price, Subject
+from policies.limits import RateLimit
+from replicas.protocol import Chunk, Usage
+from replicas.upstream_messages import UpstreamUsage
+
+if TYPE_CHECKING:
+    from gateway.jobs import Job
+    from gateway.ledger.ledger import Ledger
+
+_NOTHING = Usage(prompt_tokens=0, completion_tokens=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bill:
+    """Who pays for a job, by which prices, and within which bounds.
+
+    claimant: by which the same request is known when its caller comes again; fresh: that it is known not to have.
+    reservations: filled as attempts are made.
+    """
+
+    ledger: Ledger
+    subject: Subject
+    price: Price
+    accounts: Sequence[Account] = ()
+    limits: Sequence[RateLimit] = ()
+    claimant: bytes = b""
+    fresh: bool = False
+    reservations: list[Reservation] = field(default_factory=list)
+
+    def spend(self, request_id: str, attempt: int, prompt_tokens: int, max_tokens: int) -> Spend:
+        return Spend(
+            request_id=request_id,
+            subject=self.subject,
+            prompt_tokens=prompt_tokens,
+            max_tokens=max_tokens,
+            price=self.price,
+            attempt=attempt,
+            claimant=self.claimant,
+            fresh=self.fresh and not attempt,
+        )
+
+
+def claimant(key_id: str, body: bytes) -> bytes:
+    return hashlib.blake2b(body, digest_size=12, key=key_id.encode()[:64]).digest()
+
+
+@dataclass(slots=True)
+class Meter:
+    """Counts what an attempt brings, and ends it on the books.
+
+    used: what is known to have been used, if anybody has said so. void: nobody saw anything of it.
+    """
+
+    job: Job
+    reservation: Reservation | None = None
+    produced: int = 0
+    used: Usage | None = None
+    void: bool = False
+
+    def saw(self, chunks: Sequence[Chunk]) -> None:
+        for chunk in chunks:
+            self.produced += len(chunk.token_ids)
+            if chunk.usage is not None:
+                self.used = chunk.usage
+
+    def end(self) -> None:
+        """Once, when the attempt is over."""
+        self.job.used = usage = self._usage()
+        bill, reservation = self.job.bill, self.reservation
+        if bill is None or reservation is None:
+            return
+        if usage.prompt_tokens or usage.completion_tokens:
+            estimated = isinstance(usage, UpstreamUsage) and usage.estimated
+            bill.ledger.settle(reservation, usage, estimated=estimated)
+        else:
+            bill.ledger.release(reservation)
+
+    def _usage(self) -> Usage:
+        if self.void:
+            return _NOTHING
+        if self.used is not None:
+            return self.used
+        if not self.produced:
+            return _NOTHING
+        return Usage(prompt_tokens=self.job.prompt_tokens, completion_tokens=self.produced)
+
+
+async def charge(job: Job, attempt: int) -> Meter:
+    """Reserve for one attempt. Raises BudgetExceeded, RateLimited or Unavailable, and then holds nothing."""
+    bill = job.bill
+    if bill is None:
+        return Meter(job)
+    spend = bill.spend(job.request.request_id, attempt, job.prompt_tokens, job.max_tokens)
+    reservation = await bill.ledger.reserve(spend, bill.accounts, bill.limits)
+    bill.reservations.append(reservation)
+    return Meter(job, reservation)

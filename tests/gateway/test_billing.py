@@ -1,0 +1,167 @@
+"""Budgets and rate limits as callers meet them, over real sockets, with two gateways on one database."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import pytest
+
+from gateway.config import ServedModel
+from gateway.db.database import open_engine, reading
+from gateway.ledger import usage
+from replicas.fake import FakeSettings
+from tests.gateway import postgres
+from tests.gateway.conftest import Gateway, StartGateway, make_key, running
+
+PRICE = {"input": 1.0, "cached_input": 1.0, "output": 2.0}
+MODELS = (ServedModel(name="fake", price=PRICE), ServedModel(name="cheap", price={"input": 0.1, "output": 0.1}))
+PROMPT = list(range(20))
+BODY = {"model": "fake", "prompt": PROMPT, "max_tokens": 10, "ignore_eos": True}
+# 20 prompt tokens at 1 and 10 generated ones at 2 dollars a million.
+COST = 40e-6
+
+Start = Callable[..., Gateway]
+
+
+@pytest.fixture
+def start(start_gateway: StartGateway) -> Start:
+    """`start(policy, database_url=…)`: a gateway with one replica of each model, serving by that policy."""
+
+    def begin(policy: str, settings: FakeSettings | None = None, **changes: Any) -> Gateway:
+        gateway = start_gateway(replicas=[], models=MODELS, **changes)
+        for model in MODELS:
+            gateway.add(settings, name=f"{model.name}-0", model=model.name)
+        gateway.wait_ready(2)
+        with gateway.register() as register:
+            register.publish(policy, author="test")
+        return gateway
+
+    return begin
+
+
+@contextmanager
+def second(gateway: Gateway) -> Iterator[Gateway]:
+    with running(gateway.config_of_another(), gateway.key) as other:
+        other.loop.call_soon_threadsafe(other.directory.publish, [one.server.address for one in gateway.replicas])
+        other.wait_ready(2)
+        yield other
+
+
+def standings(gateway: Gateway) -> list[usage.Standing]:
+    engine = open_engine(gateway.config.database_url)
+    try:
+        with reading(engine).begin() as connection:
+            return usage.standings(connection, time.time())
+    finally:
+        engine.dispose()
+
+
+def settled(gateway: Gateway) -> list[usage.Standing]:
+    """The standings once nothing is reserved any more."""
+    gateway.wait_until(lambda: not any(one.reserved_usd or one.reserved_tokens for one in standings(gateway)))
+    return standings(gateway)
+
+
+async def send_all(gateways: list[Gateway], count: int, body: dict[str, Any]) -> Counter[int]:
+    """`count` requests at once, spread over the gateways, every other one streamed; answers by status."""
+    async with httpx.AsyncClient(timeout=60, limits=httpx.Limits(max_connections=None)) as client:
+
+        async def one(number: int) -> int:
+            gateway = gateways[number % len(gateways)]
+            url = f"{gateway.base_url}/v1/completions"
+            asked = {**body, "stream": number % 4 < 2}
+            answer = await client.post(url, json=asked, headers=gateway.headers)
+            if answer.status_code == 429:
+                assert answer.json()["error"]["type"] == "insufficient_quota"
+                assert "retry-after" in answer.headers
+            elif asked["stream"]:
+                assert answer.text.endswith("data: [DONE]\n\n")
+            return answer.status_code
+
+        return Counter(await asyncio.gather(*map(one, range(count))))
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest) -> dict[str, str]:
+    """Configuration changes for a database of that kind."""
+    return {} if request.param == "sqlite" else {"database_url": postgres.shared().new_database()}
+
+
+def test_of_200_at_once_a_budget_for_50_serves_exactly_50(start: Start, database: dict[str, str]) -> None:
+    budget = f"budgets: [{{key: test, usd: {COST * 50:.6f}, window: day}}]"
+    gateway = start(budget, FakeSettings(tokens_per_s=200), **database)
+    with second(gateway) as other:
+        done = asyncio.run(send_all([gateway, other], 200, BODY))
+    assert done == {200: 50, 429: 150}
+    (standing,) = settled(gateway)
+    assert standing.cap_usd is not None
+    assert standing.spent_usd == standing.cap_usd == round(COST * 50 * 1e12)
+
+
+def test_a_budget_of_tokens_counts_prompt_and_answer(start: Start) -> None:
+    gateway = start("budgets: [{key: '*', tokens: 65, window: hour}]")
+    assert asyncio.run(send_all([gateway], 4, BODY)) == {200: 2, 429: 2}
+    (standing,) = settled(gateway)
+    assert standing.spent_tokens == 60
+
+
+def test_what_was_reserved_and_not_used_comes_back(start: Start) -> None:
+    gateway = start("budgets: [{key: test, tokens: 1100, window: hour}]", FakeSettings(reply_tokens=3))
+    with gateway.http() as http:
+        for _ in range(5):  # each reserves 920
+            body = {"model": "fake", "prompt": PROMPT, "max_tokens": 900}
+            assert http.post("/v1/completions", json=body).status_code == 200
+            settled(gateway)
+    assert [one.spent_tokens for one in standings(gateway)] == [5 * 23]
+
+
+def test_a_client_that_hangs_up_pays_for_what_it_saw(start: Start) -> None:
+    gateway = start("budgets: [{key: test, tokens: 5000, window: hour}]", FakeSettings(tokens_per_s=100))
+    with gateway.http() as http:
+        body = {**BODY, "max_tokens": 2000, "stream": True}
+        with http.stream("POST", "/v1/completions", json=body) as answer:
+            lines = answer.iter_lines()
+            for _ in range(20):
+                next(lines)
+    (standing,) = settled(gateway)
+    assert 20 + 10 <= standing.spent_tokens < 20 + 200
+
+
+def test_what_no_replica_took_costs_nothing(start: Start) -> None:
+    gateway = start("budgets: [{key: test, tokens: 5000, window: hour}]", FakeSettings(refuse_as_full=True))
+    with gateway.http() as http:
+        assert http.post("/v1/completions", json=BODY).status_code == 503
+    assert [one.spent_tokens for one in settled(gateway)] == [0]
+
+
+def test_a_rate_limit_tells_where_one_stands_and_when_to_come_again(start: Start) -> None:
+    gateway = start("rate_limits: [{key: '*', requests_per_minute: 60, tokens_per_minute: 6000}]")
+    with gateway.http() as http:
+        first = http.post("/v1/completions", json=BODY)
+        assert first.headers["x-ratelimit-limit-requests"] == "60"
+        assert first.headers["x-ratelimit-remaining-requests"] == "59"
+        assert first.headers["x-ratelimit-limit-tokens"] == "6000"
+        statuses = [http.post("/v1/completions", json=BODY).status_code for _ in range(70)]
+        refused = http.post("/v1/completions", json={**BODY, "prompt": [7, *PROMPT]})
+        assert 200 in statuses
+        assert 429 in statuses
+        assert refused.status_code == 429
+        assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+        assert refused.headers["x-ratelimit-remaining-requests"] == "0"
+        time.sleep(int(refused.headers["retry-after"]))
+        assert http.post("/v1/completions", json={**BODY, "prompt": [7, *PROMPT]}).status_code == 200
+
+
+def test_keys_do_not_share_what_is_each_ones_own(start: Start) -> None:
+    gateway = start("budgets: [{key: '*', tokens: 30, window: day}]")
+    other = make_key(gateway.config, "other")
+    with gateway.http() as http, gateway.http(headers={"authorization": f"Bearer {other}"}) as theirs:
+        for client in (http, theirs):
+            statuses = [client.post("/v1/completions", json=BODY).status_code for _ in range(2)]
+            assert statuses == [200, 429]
