@@ -30,6 +30,7 @@ from load.units import LoadError
 
 _HOPELESS = 20  # so many failures without one success end a run
 _POLL_S = 0.2
+_HEAD_START_S = 0.4  # for workers to set up their loops; on a busy machine 0.1 s made the first requests late
 
 
 class ServerRefuses(LoadError):
@@ -184,8 +185,8 @@ def _await_ready(pipes: list[Connection], collected: Collected, interrupted: thr
 
 
 def _begin(plan: Plan, pipes: list[Connection], collected: Collected) -> None:
-    collected.start = clock() + 0.1
-    collected.wall = time.time() + 0.1
+    collected.start = clock() + _HEAD_START_S
+    collected.wall = time.time() + _HEAD_START_S
     for pipe in pipes:
         pipe.send(collected.start)
     if plan.arrivals.duration_s is not None:
