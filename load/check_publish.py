@@ -246,6 +246,8 @@ async def rehearse(client: Client, admin: Admin, plan: Rehearsal) -> Outcome:
         flowing = asyncio.create_task(traffic(client, plan, stop, outcome.asked))
         try:
             await change(admin, plan, outcome)
+        except AdminRefused as error:
+            outcome.violated("the admin API failed", str(error))
         finally:
             stop.set()
             await flowing
@@ -328,6 +330,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LoadError as error:
         print(f"check_publish: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     show(found, Console(width=None if sys.stdout.isatty() else 140, highlight=False))
     if chosen.json:
         chosen.json.write_text(json.dumps(found, indent=2) + "\n")

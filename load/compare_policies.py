@@ -292,6 +292,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LoadError as error:
         print(f"compare_policies: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     verdict = judge([Figures(row.policy, row.ttft_p95_s, row.hit_rate) for row in rows], _figures(simulated))
     show(rows, simulated, verdict, console)
     if chosen.json:

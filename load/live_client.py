@@ -162,8 +162,10 @@ class Admin:
         return await self._change("/admin/v1/policies/rollback", fields)
 
     async def newest(self) -> tuple[int, int]:
-        """(the active generation, the newest one there is)."""
+        """(the active generation, the newest one there is). LoadError while a canary serves: a rehearsal would end it."""
         found = _accepted(await self._client.ask("GET", "/admin/v1/policies?limit=1")).fields()
+        if found["canary"] is not None:
+            raise LoadError(f"generation {found['canary']} is a canary: promote or cancel it before a rehearsal")
         return int(found["active"]), int(found["data"][0]["number"])
 
     async def explain(self, request_id: str) -> list[dict[str, Any]]:

@@ -197,6 +197,17 @@ def test_too_few_gateways_are_a_violation(arguments: list[str], capsys: pytest.C
     assert "VIOLATED       1x gateways" in capsys.readouterr().out
 
 
+def test_a_canary_is_not_ended_for_a_rehearsal(
+    gateway: Gateway, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with gateway.register() as register:
+        register.publish("aliases: {best: large}\n", author="test", canary=0.5)
+    assert main(arguments) == 2
+    assert "generation 1 is a canary" in capsys.readouterr().err
+    with gateway.register() as register:
+        assert register.state().canary == 1
+
+
 def test_a_group_that_the_fleet_cannot_have_ends_the_check_before_it_begins(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

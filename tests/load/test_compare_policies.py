@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from deploy.fleet import FLEETS, load
 from load.compare_policies import main, measure, options, plan_of, read_simulated
 from load.execute import Collected
 from load.live_client import Published
@@ -17,6 +18,7 @@ from load.live_order import Figures, judge
 from load.live_trace import SaltedTrace, segment
 from load.record import Record
 from load.units import BadOption, LoadError
+from policies.sim_replica import ReplicaModel
 from policies.traces import TraceRequest, mean_rate
 from replicas.fake import FakeSettings
 from tests.gateway.conftest import Gateway, make_config, make_key, running
@@ -195,6 +197,16 @@ def test_a_file_that_no_simulation_wrote_is_refused(tmp_path: Path) -> None:
     (tmp_path / "n.json").write_text("[1]")
     with pytest.raises(BadOption, match="policy simulate"):
         read_simulated(tmp_path / "n.json", 0.8)
+
+
+def test_the_rehearsal_fleet_is_the_one_that_the_documentation_simulates() -> None:
+    fleet = load(FLEETS / "rehearsal.yaml")
+    large, small = fleet.models
+    assert (large.name, large.replicas.min, small.name, fleet.gateway.replicas) == ("large", 4, "small", 2)
+    text = (FLEETS.parents[1] / "docs" / "affinity.md").read_text()
+    assert f"--replicas {large.replicas.min} --gateways {fleet.gateway.replicas}" in text
+    assert f"--prefill-rate {large.settings['prefill_tokens_per_s']:.0f}" in text
+    assert large.settings["num_blocks"] == ReplicaModel().num_blocks  # the simulator's default
 
 
 @pytest.fixture
