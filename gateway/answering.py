@@ -30,7 +30,7 @@ from gateway.routes import route_request
 from gateway.rules import ModelGroup, Rules
 from gateway.select import Selection, Size, select_from, select_model
 from gateway.upstreams import UpstreamModel
-from policies.budget import Subject
+from policies.budget import Subject, downgrade
 from policies.rightsize.cascade import Cascade, confidence
 from replicas.protocol import Chunk, EngineFault, GenerateRequest, InvalidRequest, RequestError, Unavailable, Usage
 from replicas.upstream_messages import UpstreamRequest
@@ -136,7 +136,7 @@ class Answering:
 
         Raises what the last one raised when none does.
         """
-        selection = await self._select(asked, safety_scale)
+        selection = await self._downgraded(asked, await self._select(asked, safety_scale))
         models = selection.models
         if selection.cascade is not None:
             kept = await self._provisional(asked, selection, stack)
@@ -192,6 +192,18 @@ class Answering:
         asked.record.group, asked.record.choice = target.name, selection.choice
         asked.laps.lap("select")
         return selection
+
+    async def _downgraded(self, asked: Asked, selection: Selection) -> Selection:
+        """A caller who is near a budget's cap is answered by the model that the budget names, if it says so."""
+        first, key = selection.models[0], asked.key
+        accounts = asked.rules.budgets.accounts(Subject(key=key.name, team=key.tenant, model=first))
+        if not any(account.budget.downgrade for account in accounts):
+            return selection
+        to = downgrade(accounts, await self._ledger.used(accounts))
+        if to is None or to == first or (asked.unsupported is not None and to not in self._fleet.upstreams):
+            return selection
+        asked.record.downgraded_from = first
+        return replace(selection, models=(to, *(name for name in selection.models if name != to)), cascade=None)
 
     async def _prompt_tokens(self, asked: Asked, group: ModelGroup) -> int:
         """As the first candidate that is ready counts them; its encodings are kept, so long ones are not made twice."""

@@ -67,6 +67,7 @@ class Record:
     generation: int = 0
     group: str | None = None
     choice: ModelChoice | None = None
+    downgraded_from: str | None = None
     prompt_tokens: int = 0
     steps: list[Step] = field(default_factory=list)
     at: float = field(default_factory=time.time)
@@ -97,6 +98,7 @@ class Record:
             "generation": self.generation,
             "prompt_tokens": self.prompt_tokens,
             "model_choice": _shown_choice(self.group, self.choice),
+            "downgraded_from": self.downgraded_from,
             "steps": [_shown_step(step) for step in self.steps],
             "cost_usd": float(usd(sum(step.cost for step in self.steps))),
             "status": self.status or None,

@@ -160,6 +160,8 @@ class Generate:
         async with AsyncExitStack() as stack:
             opened = await services.answering.open(asked, stack, services.shadows.safety_scale)
             exchange.headers += _limit_headers(opened.step.jobs)
+            if asked.record.downgraded_from is not None:
+                exchange.headers.append((b"x-signalbox-downgraded-from", asked.record.downgraded_from.encode()))
             opened.metrics.in_flight += 1
             try:
                 envelope = Envelope(

@@ -288,9 +288,20 @@ def _models_named(document: PolicyDocument) -> Iterator[tuple[Loc, str]]:
     yield from ((("models", name), name) for name in document.models)
     for name, group in document.groups.items():
         yield from ((("groups", name, "models", index), model) for index, model in enumerate(group.models))
+    yield from _models_in_limits(document)
     for name, models in document.fallbacks.items():
         yield ("fallbacks", name), name
         yield from ((("fallbacks", name, index), model) for index, model in enumerate(models))
+
+
+def _models_in_limits(document: PolicyDocument) -> Iterator[tuple[Loc, str]]:
+    for section, rules in (("budgets", document.budgets), ("rate_limits", document.rate_limits)):
+        for index, rule in enumerate(rules):
+            if rule.model is not None and rule.model != "*":
+                yield (section, index, "model"), rule.model
+    for index, budget in enumerate(document.budgets):
+        if budget.downgrade is not None:
+            yield ("budgets", index, "downgrade", "to"), budget.downgrade.to
 
 
 # ----------------------------------------------------------------------------------------------------------- predictors

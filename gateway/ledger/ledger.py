@@ -27,6 +27,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 
 from gateway.db.database import Database
+from gateway.ledger import usage
 from gateway.ledger.entries import Beat, Close, Ending, Operation, Record, Reservation, Reserve, Spend
 from gateway.ledger.sql import Statements
 from gateway.ledger.transaction import Journaled, Outcome, Taken, commit, take_over
@@ -159,6 +160,14 @@ class Ledger:
         elif len(self._records) >= self.settings.batch:
             self._flush_records()
         return pending.answer
+
+    async def used(self, accounts: Sequence[Account]) -> dict[str, tuple[int, int]]:
+        """(pico-USD, tokens) spent and reserved now, by account id: for `policies.budget.downgrade`. Unavailable."""
+        now = self.clock()
+        try:
+            return await self._database.read(lambda connection: usage.used(connection, accounts, now))
+        except SQLAlchemyError as error:
+            raise Unavailable("budgets cannot be checked at the moment", retry_after_s=1.0) from error
 
     # ---------------------------------------------------------------- taking over
 

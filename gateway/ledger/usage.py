@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from sqlalchemy import Connection
 
 from gateway.ledger.sql import Statements
 from gateway.ledger.work import REQUEST_COLUMNS, RequestRow
+from policies.budget import Account
 
 
 class Total(NamedTuple):
@@ -86,6 +88,19 @@ def standings(connection: Connection, now: float) -> list[Standing]:
         numbers = dict(zip(columns.split(", "), values, strict=True))
         found.append(Standing(window=window, key=key, team=team, model=model, **numbers))
     return found
+
+
+def used(connection: Connection, accounts: Sequence[Account], now: float) -> dict[str, tuple[int, int]]:
+    """(pico-USD, tokens) spent and reserved in each account's current window; what was never used is not there."""
+    marks = ", ".join("?" * len(accounts))
+    rows = Statements(connection).run(
+        "SELECT account, spent_usd + reserved_usd, spent_tokens + reserved_tokens FROM ledger_accounts"
+        f" WHERE account IN ({marks}) AND starts <= ? AND (ends IS NULL OR ends > ?)",
+        *(account.id for account in accounts),
+        int(now),
+        int(now),
+    )
+    return {account: (usd, tokens) for account, usd, tokens in rows}
 
 
 def request(connection: Connection, id: str) -> list[RequestRow]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import httpx
@@ -165,3 +168,47 @@ def test_keys_do_not_share_what_is_each_ones_own(start: Start) -> None:
         for client in (http, theirs):
             statuses = [client.post("/v1/completions", json=BODY).status_code for _ in range(2)]
             assert statuses == [200, 429]
+
+
+def test_near_its_budget_a_caller_is_answered_by_the_cheaper_model_and_told(start: Start) -> None:
+    gateway = start("budgets: [{key: test, tokens: 300, window: day, downgrade: {at: 20%, to: cheap}}]")
+    with gateway.http() as http:
+        answers = []
+        for _ in range(4):
+            answers.append(http.post("/v1/completions", json=BODY))
+            settled(gateway)
+        told = gateway.explain(answers[-1].headers["x-request-id"], gateway.admin_token())[0]
+    assert [answer.json()["model"] for answer in answers] == ["fake", "fake", "cheap", "cheap"]
+    assert [answer.headers.get("x-signalbox-downgraded-from") for answer in answers] == [None, None, "fake", "fake"]
+    assert told["downgraded_from"] == "fake"
+
+
+def test_a_soft_threshold_is_told_once(start: Start) -> None:
+    """In the log and at a webhook, when it is passed and never again in that window."""
+    heard: list[dict[str, Any]] = []
+
+    class Hook(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            heard.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Hook)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        hook = f"http://127.0.0.1:{server.server_port}/hook"
+        gateway = start(f"budgets: [{{key: test, tokens: 100, window: day, alerts: {{at: [50%], webhook: '{hook}'}}}}]")
+        with gateway.http() as http:
+            for _ in range(3):
+                assert http.post("/v1/completions", json=BODY).status_code == 200
+        gateway.wait_until(lambda: bool(heard))
+        time.sleep(1.2)  # another round of deliveries would have come by then
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    assert [event["type"] for event in heard] == ["budget.alert"]
