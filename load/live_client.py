@@ -162,7 +162,7 @@ class Admin:
         return await self._change("/admin/v1/policies/rollback", fields)
 
     async def newest(self) -> tuple[int, int]:
-        """(the active generation, the newest one there is). LoadError while a canary serves: a rehearsal would end it."""
+        """(the active generation, the newest one). LoadError while a canary serves: a rehearsal would end it."""
         found = _accepted(await self._client.ask("GET", "/admin/v1/policies?limit=1")).fields()
         if found["canary"] is not None:
             raise LoadError(f"generation {found['canary']} is a canary: promote or cancel it before a rehearsal")
