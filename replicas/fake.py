@@ -3,7 +3,8 @@
 It is a product, not a test double: gateways are measured against it and fleets are rehearsed with it. The text is a
 function of prompt, seed and choice alone. Tokens fall due on a time-table (prompts are computed one after another at
 `prefill_tokens_per_s`, then each choice brings a token every 1 / `tokens_per_s`), so a late step catches up and nothing
-drifts. Its distributions give one token the probability 1: temperature, penalties and bias are honoured by changing
+drifts. Who is next, who is refused and who is too late is decided as in the real engine, but nobody is preempted.
+Its distributions give one token the probability 1: temperature, penalties and bias are honoured by changing
 nothing; logprobs are one configured number, or refused.
 """
 
@@ -13,15 +14,18 @@ import os
 import signal
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from tokenizers import Tokenizer
 
+from replicas.engine.deadlines import Deadlines, too_late
 from replicas.engine.detokenizer import Detokenizer
+from replicas.engine.waiting import OUTPUT_WEIGHT, Account, WaitingLine
 from replicas.fake_blocks import PrefixBlocks
-from replicas.fake_text import CHAT_TEMPLATE, END_OF_TEXT, TURN_END, byte_tokenizer, script
+from replicas.fake_settings import FakeSettings, fake_card
+from replicas.fake_text import byte_tokenizer, script
 from replicas.protocol import (
     Chunk,
     ContextLengthExceeded,
@@ -39,40 +43,15 @@ from replicas.protocol import (
     prefix_root,
 )
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FakeSettings:
-    """A fleet file's `engine_settings` when `engine: fake`. Rates of 0 mean as fast as possible.
-
-    tokens_per_s: of each choice. prefill_tokens_per_s: of the whole engine.
-    max_num_seqs: choices that run at once. max_waiting: requests that queue before QueueFull.
-    reply_tokens: a choice ends by itself ("stop") after so many tokens; None lets it run to max_tokens.
-    fail_after_tokens: a request that has brought so many tokens ends in an EngineFault.
-    raise_after_tokens: then `step` itself raises. hang_after_tokens: then `step` does not return.
-    crash_after_tokens: then the process dies as by kill -9. refuse_as_full: every `add` raises QueueFull.
-    start_delay_s: the constructor takes so long. logprob: what every token is said to have; None refuses logprobs.
-    """
-
-    tokens_per_s: float = 0.0
-    prefill_tokens_per_s: float = 0.0
-    max_num_seqs: int = 256
-    max_waiting: int = 1024
-    num_blocks: int = 65536
-    block_size: int = 16
-    max_model_len: int = 8192
-    reply_tokens: int | None = None
-    fail_after_tokens: int | None = None
-    raise_after_tokens: int | None = None
-    hang_after_tokens: int | None = None
-    crash_after_tokens: int | None = None
-    refuse_as_full: bool = False
-    start_delay_s: float = 0.0
-    logprob: float | None = None
+__all__ = ["FakeEngine", "FakeSettings", "fake_card"]
 
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    """A request on its way. hashes: full blocks of its prompt; row_blocks: further ones of each choice."""
+    """A request on its way. hashes: full blocks of its prompt; row_blocks: further ones of each choice.
+
+    It waits as long as it has no rows.
+    """
 
     request: GenerateRequest
     root: bytes
@@ -81,7 +60,9 @@ class _Job:
     uncached: int
     cached: int = 0
     completed: int = 0
+    came: float = 0.0
     ready_at: float = 0.0
+    account: Account = field(default_factory=Account)
     rows: list[_Row] = field(default_factory=list)
 
 
@@ -116,12 +97,13 @@ class FakeEngine:
         self._card = card or fake_card(settings)
         self._script = script(tokenizer or byte_tokenizer())
         self._bytes = dict(zip(self._script.token_ids, self._script.pieces, strict=True))
-        self._waiting: deque[_Job] = deque()
+        self._limits = settings.line_limits
+        self._waiting: WaitingLine[_Job] = WaitingLine(self._limits)
+        self._deadlines = Deadlines()
         self._jobs: dict[str, _Job] = {}
         self._rows: list[_Row] = []
         self._blocks = PrefixBlocks(settings.num_blocks, settings.block_size)
-        self._prefill_free_at = 0.0
-        self._queued_tokens = 0
+        self._prefill_free_at = self._released_at = 0.0
         self._prompt_tokens = self._generation_tokens = self._steps = 0
         self._queries = self._hits = 0
 
@@ -133,6 +115,12 @@ class FakeEngine:
 
     def add(self, request: GenerateRequest) -> None:
         self._check(request)
+        now = self._clock()
+        if request.deadline_s is not None and not request.deadline_s > 0:  # NaN, too
+            raise too_late()
+        if self.settings.refuse_as_full:
+            raise QueueFull("the fake engine was told to be full", retry_after_s=1.0)
+        self._waiting.check(request, now)
         settings, prompt = self.settings, request.prompt_token_ids
         root = prefix_root(request.tenant, self._card.revision)
         hashes = self._blocks.chain(root, prompt)
@@ -143,8 +131,10 @@ class FakeEngine:
                 f"the request needs more than the {settings.num_blocks} KV blocks there are", param="max_tokens"
             )
         self._jobs[request.request_id] = job
-        self._waiting.append(job)
-        self._queued_tokens += job.uncached
+        job.came = now
+        self._waiting.add(job, request, job.uncached, now)
+        if request.deadline_s is not None:
+            self._deadlines.add(request.request_id, now + request.deadline_s)
 
     def _check(self, request: GenerateRequest) -> None:
         settings, sampling = self.settings, request.sampling
@@ -166,17 +156,14 @@ class FakeEngine:
                 f"{self._card.max_model_len} tokens",
                 param="max_tokens",
             )
-        if settings.refuse_as_full or len(self._waiting) >= settings.max_waiting:
-            raise QueueFull(f"{len(self._waiting)} requests are waiting", retry_after_s=1.0)
 
     def abort(self, request_id: str) -> bool:
         job = self._jobs.get(request_id)
         if job is None:
             return False
-        if job in self._waiting:
-            self._waiting.remove(job)
-            self._queued_tokens -= job.uncached
+        if self._waiting.remove(job):
             del self._jobs[request_id]
+            self._deadlines.discard(request_id)
         else:
             self._drop(job)
         return True
@@ -185,16 +172,30 @@ class FakeEngine:
         return bool(self._jobs)
 
     def wait_s(self) -> float:
-        if self._waiting and self._fits(self._waiting[0]):
-            return 0.0
-        return max(min((row.due for row in self._rows), default=0.0) - self._clock(), 0.0)
+        now = self._clock()
+        instants = [row.due for row in self._rows]
+        head = self._waiting.head(now)
+        if head is not None and self._fits(head, now):
+            instants.append(self._prefill_free_at)
+        if (deadline := self._deadlines.next()) is not None:
+            instants.append(deadline)
+        return max(min(instants, default=0.0) - now, 0.0)
 
     def step(self) -> list[Chunk]:
         now = self._clock()
-        while self._waiting and self._fits(self._waiting[0]):
-            self._start(self._waiting.popleft(), now)
+        late = self._deadlines.take_late(now)
+        # Prompts are computed one after another, so the next one starts, and is chosen, when the last one is done.
+        while (job := self._waiting.head(now)) is not None and self._prefill_free_at <= now:
+            if self._is_hopeless(job, now):
+                self._waiting.remove(job)
+                late.append(job.request.request_id)
+            elif self._fits(job, now):
+                self._waiting.take(job, now, job.request.sampling.n)
+                self._start(job, now)
+            else:
+                break
         self._steps += 1
-        chunks: list[Chunk] = []
+        chunks = [self._end_late(request_id) for request_id in late]
         for row in [row for row in self._rows if row.due <= now]:
             if row.job.request.request_id in self._jobs:  # else an earlier choice of this step failed the request
                 chunks.append(self._emit(row))
@@ -207,21 +208,41 @@ class FakeEngine:
         size = self.settings.block_size
         return self._blocks.num_cached(hashes[: (len(prompt) - 1) // size]) * size
 
-    def _fits(self, job: _Job) -> bool:
-        n = job.request.sampling.n
-        return len(self._rows) + n <= self.settings.max_num_seqs and self._blocks.can_acquire(
-            job.hashes, n * job.row_blocks
-        )
+    def _fits(self, job: _Job, now: float) -> bool:
+        n, seats, blocks = job.request.sampling.n, self.settings.max_num_seqs, 0
+        if self._waiting.shared(now) and 0 < job.account.seats >= max(
+            (r.job.account.seats for r in self._rows), default=0
+        ):
+            seats -= self._limits.reserved(seats)
+            blocks = self._limits.reserved(self.settings.num_blocks)
+        return len(self._rows) + n <= seats and self._blocks.can_acquire(job.hashes, n * job.row_blocks + blocks)
+
+    def _is_hopeless(self, job: _Job, now: float) -> bool:
+        """Whether it would be too late even if nothing else ran from here on."""
+        deadline, settings = self._deadlines.get(job.request.request_id), self.settings
+        if deadline is None:
+            return False
+        uncached = len(job.request.prompt_token_ids) - self._cached_tokens(job.request.prompt_token_ids, job.hashes)
+        later = max(job.request.sampling.min_tokens, 1) - 1
+        needed = uncached / settings.prefill_tokens_per_s if settings.prefill_tokens_per_s else 0.0
+        needed += later / settings.tokens_per_s if settings.tokens_per_s else 0.0
+        return now + needed > deadline
+
+    def _end_late(self, request_id: str) -> Chunk:
+        self._deadlines.discard(request_id)
+        self.abort(request_id)
+        return Chunk(request_id=request_id, error=too_late())
 
     def _start(self, job: _Job, now: float) -> None:
         request, sampling = job.request, job.request.sampling
         prompt = request.prompt_token_ids
-        self._queued_tokens -= job.uncached
         job.cached = self._cached_tokens(prompt, job.hashes)
         job.uncached = len(prompt) - job.cached
         self._blocks.acquire(job.root, job.hashes, sampling.n * job.row_blocks)
         rate = self.settings.prefill_tokens_per_s
-        begin = max(now, self._prefill_free_at)
+        # A step that is late does not make the time-table late, unless what the job waited for was a place.
+        begin = min(now, max(self._prefill_free_at, self._released_at, job.came))
+        job.account.cost += job.uncached
         job.ready_at = self._prefill_free_at = begin + (job.uncached / rate if rate else 0.0)
         for index in range(sampling.n):
             salt = (sampling.seed or 0, index) if sampling.temperature > 0 else ()
@@ -239,6 +260,7 @@ class FakeEngine:
         token, text, finish = self._next(row)
         row.tokens.append(token)
         job.completed += 1
+        job.account.cost += OUTPUT_WEIGHT
         self._generation_tokens += 1
         self._misbehave(len(row.tokens))
         if len(row.tokens) == settings.fail_after_tokens:
@@ -312,10 +334,14 @@ class FakeEngine:
         # The last token's key and value were never computed.
         written = self._blocks.chain(parent, (*tail, *row.tokens[:-1]))
         self._blocks.release_private(job.row_blocks, parent, written)
+        job.account.seats -= 1
+        self._released_at = self._clock()
         self._rows.remove(row)
 
     def _forget(self, job: _Job) -> None:
         self._blocks.release(job.hashes)
+        self._released_at = self._clock()
+        self._deadlines.discard(job.request.request_id)
         del self._jobs[job.request.request_id]
 
     # ---------------------------------------------------------------- what it tells of itself
@@ -327,7 +353,7 @@ class FakeEngine:
         return EngineStats(
             num_requests_running=len(self._jobs) - len(self._waiting),
             num_requests_waiting=len(self._waiting),
-            queued_tokens=self._queued_tokens + int(computing),
+            queued_tokens=self._waiting.tokens + int(computing),
             kv_blocks_total=settings.num_blocks,
             kv_blocks_free=self._blocks.num_free,
             prefill_rate=settings.prefill_tokens_per_s,
@@ -350,25 +376,10 @@ class FakeEngine:
         held: Counter[bytes] = Counter()
         private = 0
         for job in self._jobs.values():
-            if job not in self._waiting:
+            if job.rows:
                 held.update(job.hashes)
                 private += len(job.rows) * job.row_blocks
         self._blocks.check_integrity(held, private)
         assert sum(len(job.rows) for job in self._jobs.values()) == len(self._rows), "a choice runs without its request"
-
-
-def fake_card(settings: FakeSettings, model: str = "fake", default_max_tokens: int = 0) -> ModelCard:
-    """Of the tokenizer of bytes."""
-    tokenizer = byte_tokenizer()
-    return ModelCard(
-        model=model,
-        revision="fake-1",
-        max_model_len=settings.max_model_len,
-        vocab_size=tokenizer.get_vocab_size(),
-        block_size=settings.block_size,
-        tokenizer_json=tokenizer.to_str().encode(),
-        chat_template=CHAT_TEMPLATE,
-        special_tokens={"bos_token": END_OF_TEXT, "eos_token": TURN_END, "pad_token": END_OF_TEXT},
-        eos_token_ids=tuple(tokenizer.get_vocab()[text] for text in (TURN_END, END_OF_TEXT)),
-        default_max_tokens=default_max_tokens,
-    )
+        waiting = sum(not job.rows for job in self._jobs.values())
+        assert waiting == len(self._waiting), f"{len(self._waiting)} stand in line, {waiting} have not begun"

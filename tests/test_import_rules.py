@@ -25,11 +25,13 @@ RULES: dict[str, tuple[set[str], set[str]]] = {  # module: (anywhere, inside fun
         {"sklearn", "scipy", "matplotlib", "genai_prices"},
     ),
     "replicas.engine.scheduler": (
-        {"replicas.protocol"} | {f"replicas.engine.{name}" for name in ("blocks", "deadlines", "sequence", "waiting")},
+        {"replicas.protocol"}
+        | {f"replicas.engine.{name}" for name in ("blocks", "deadlines", "pace", "sequence", "waiting")},
         set(),
     ),
     "replicas.engine.waiting": ({"replicas.protocol"}, set()),
     "replicas.engine.deadlines": ({"replicas.protocol"}, set()),
+    "replicas.engine.pace": (set(), set()),
     "replicas.engine.blocks": ({"replicas.protocol"}, set()),
     "replicas.engine.sequence": ({"replicas.protocol", "replicas.engine.waiting"}, set()),
     "replicas.engine": (ENGINE, ENGINE_LAZY),

@@ -16,9 +16,14 @@ from dataclasses import dataclass, field
 
 from replicas.engine.blocks import BlockPool
 from replicas.engine.deadlines import Deadlines, too_late
+from replicas.engine.pace import Pace
 from replicas.engine.sequence import Group, Sequence
 from replicas.engine.waiting import OUTPUT_WEIGHT, LineLimits, WaitingLine
 from replicas.protocol import GenerateRequest
+
+# While a key that has had less waits for a first token, so many of the others decode along as bring this share of the
+# tokens a second that any number could: on a GPU all of them, on a CPU few, where each makes the step longer.
+_ALONG = 0.5
 
 
 @dataclass(slots=True)
@@ -57,7 +62,7 @@ class Scheduler:
         self.deadlines = Deadlines()
         self._reserved_seats = self.waiting.limits.reserved(max_num_seqs)
         self._reserved_blocks = self.waiting.limits.reserved(pool.num_blocks)
-        self._least_step_s = self._least_token_s = 0.0
+        self._pace = Pace()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self.prefix_queries = 0
@@ -83,25 +88,64 @@ class Scheduler:
         return self.deadlines.take_late(self.clock())
 
     def record(self, seconds: float, step: Step) -> None:
-        """How long `step` took; the least of them say what is out of reach."""
-        self._least_step_s = min(self._least_step_s or seconds, seconds)
-        if step.num_prefill_tokens > self.max_num_batched_tokens // 2:
-            per_token = seconds / step.num_prefill_tokens
-            self._least_token_s = min(self._least_token_s or per_token, per_token)
+        """How long `step` took, from which is learnt what is out of reach and how many seats pay."""
+        self._pace.record(seconds, len(step.items), step.num_prefill_tokens, self.max_num_batched_tokens)
 
     # ---------------------------------------------------------------- the step
 
     def schedule(self) -> Step:
         step = Step()
-        budget = self._extend_running(step, self.max_num_batched_tokens)
-        if not step.preempted:  # else the victim's blocks would go straight back to it
+        self._make_way(step)
+        gone = len(step.preempted)
+        paused = self._paused() if self.waiting else set()
+        budget = self._extend_running(step, self.max_num_batched_tokens, paused)
+        if len(step.preempted) == gone:  # else the victim's blocks would go straight back to it
             self._admit_waiting(step, budget)
+        if not step.items and paused:  # whom they stood back for turned out to be hopeless
+            self._extend_running(step, self.max_num_batched_tokens, set())
         return step
 
-    def _extend_running(self, step: Step, budget: int) -> int:
+    def _paused(self) -> set[Sequence]:
+        """Those who stand back in this step, so that a key that has had less comes to its first token sooner."""
+        now = self.clock()
+        head = self.waiting.head(now)
+        if head is None or self.waiting.in_front(head) or not self.waiting.shared(now) or not self._could_admit(head):
+            return set()
+        first, mine = head.account, head.account.cost
+        more = [s for s in self.running if s.account.cost > mine and s.account.priority >= first.priority]
+        return set(more[self._pace.seats_that_pay(_ALONG, len(more)) :])
+
+    def _could_admit(self, seq: Sequence) -> bool:
+        needed = -(-seq.num_tokens // self.pool.block_size)
+        return len(self.running) < self.max_num_seqs and needed <= self.pool.num_free - self.watermark_blocks
+
+    def _make_way(self, step: Step) -> None:
+        """Where all seats are taken, the youngest of the key with the most leaves one to a key with fewer.
+
+        It goes back to the head of its own line, and to its blocks, if nobody needed them meanwhile. One a step, and
+        before anything is put into the step: what a step holds is never taken back.
+        """
+        if len(self.running) < self.max_num_seqs or not self.waiting:
+            return
+        now = self.clock()
+        head = self.waiting.head(now)
+        if head is None or self.waiting.in_front(head):
+            return
+        most = max(head.account.seats + 2, self._most_seats())
+        for seq in reversed(self.running):
+            if seq.account.seats >= most and seq.account.priority >= head.account.priority:
+                self.running.remove(seq)
+                self._give_up_place(seq, step)
+                self.waiting.put_back(seq, now)
+                return
+
+    def _extend_running(self, step: Step, budget: int, paused: set[Sequence]) -> int:
         i = 0
         while i < len(self.running) and budget > 0:
             seq = self.running[i]
+            if seq in paused:
+                i += 1
+                continue
             count = min(seq.num_tokens - seq.num_computed, budget)
             while not self._can_extend(seq, count):
                 # Victims come from the end of the list, so nothing that this step already holds is ever taken back.
@@ -121,10 +165,10 @@ class Scheduler:
                 self.waiting.remove(seq)
                 step.hopeless.append(seq)
                 continue
-            entitled = self.waiting.entitled(seq, self.max_num_seqs, now)
-            if len(self.running) >= self.max_num_seqs - (0 if entitled else self._reserved_seats):
+            greedy = self._is_greedy(seq, now)
+            if len(self.running) >= self.max_num_seqs - (self._reserved_seats if greedy else 0):
                 return
-            if not self._allocate_prompt(seq, 0 if entitled else self._reserved_blocks):
+            if not self._allocate_prompt(seq, self._reserved_blocks if greedy else 0):
                 if self.running or not self._reclaim_from_waiting(keep=seq):
                     return
                 continue
@@ -133,6 +177,15 @@ class Scheduler:
             count = min(seq.num_tokens - seq.num_computed, budget)
             self._extend(step, seq, count)
             budget -= count
+
+    def _is_greedy(self, seq: Sequence, now: float) -> bool:
+        """Whether `seq` is of the key that runs on the most seats while others may come: the reserve is not for it."""
+        if self.waiting.in_front(seq) or not self.waiting.shared(now):
+            return False
+        return 0 < seq.account.seats >= self._most_seats()
+
+    def _most_seats(self) -> int:
+        return max((seq.account.seats for seq in self.running), default=0)
 
     def _is_hopeless(self, seq: Sequence, now: float) -> bool:
         """Whether `seq` would be too late even if every step to come were as fast as the fastest so far.
@@ -149,9 +202,7 @@ class Scheduler:
 
     def _least_s(self, seq: Sequence, tokens: int) -> float:
         """Seconds to compute `tokens` of a prompt and the fewest outputs allowed, at the least."""
-        later = max(seq.sampling.min_tokens, 1) - 1
-        steps = -(-tokens // self.max_num_batched_tokens)
-        return max(steps * self._least_step_s, tokens * self._least_token_s) + later * self._least_step_s
+        return self._pace.least_s(tokens, max(seq.sampling.min_tokens, 1), self.max_num_batched_tokens)
 
     def _hits(self, seq: Sequence) -> list[int]:
         """Cached blocks for a sequence that has none. One token at least is computed: its logits are sampled from."""
@@ -229,12 +280,15 @@ class Scheduler:
 
     def _preempt_youngest(self, step: Step) -> Sequence:
         victim = self.running.pop()
+        self._give_up_place(victim, step)
+        self.waiting.push_front(victim)
+        return victim
+
+    def _give_up_place(self, victim: Sequence, step: Step) -> None:
         self.pool.release(victim.forget_blocks())
         victim.account.seats -= 1
-        self.waiting.push_front(victim)
         step.preempted.append(victim)
         self.num_preemptions += 1
-        return victim
 
     def _reclaim_from_waiting(self, keep: Sequence) -> bool:
         """Forks wait with their parent's blocks in hand; the last in line gives them up when others cannot go on."""

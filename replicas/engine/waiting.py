@@ -4,10 +4,12 @@
     accounts     one line per (priority, key), first come first served within it
 
 Among the keys of one priority the one that has had the least goes first: every account is charged for what its
-requests cost, and one that comes back after a pause starts at what the last one served had had, so that nobody saves
-up. That is the virtual token counter of Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024), with the
-virtual time of start-time fair queueing (Goyal et al., SIGCOMM 1996). Two keys that both always have something waiting
-never drift further apart than what one request, or all that run, can cost.
+requests cost, and one that comes back after a pause is lifted to what those being served had had a minute ago, so that
+nobody saves up more than a minute. That is the virtual token counter of Sheng et al., "Fairness in Serving Large
+Language Models" (OSDI 2024), with the virtual time of start-time fair queueing (Goyal et al., SIGCOMM 1996); the minute
+is ours. Without it a key that keeps within its share, but not evenly, would be held to its share at every instant as
+soon as another floods; with it, it goes before the flood. Two keys that both always have something waiting never drift
+further apart than what all that run at once can cost.
 
 Priorities are head starts: each rank is worth `priority_aging_s` of waiting, so that a lower class comes late but is
 never starved (None: strictly by rank, as vLLM does, and then it can be).
@@ -21,7 +23,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
@@ -37,7 +39,7 @@ FAIR_RESERVE = 0.125
 OUTPUT_WEIGHT = 2.0
 
 _GREED = 4  # a key may hold this many times the places that are left
-_RECENT_S = 60.0  # how long a key that is silent still counts as somebody who may come
+_LATELY_S = 60.0  # how long a key that is silent counts as somebody who may come, and keeps what it did not use
 _SAMPLE_S = 1.0  # of a line that is never empty, to measure how fast it moves
 _IDLE_ACCOUNTS = 1024  # that are remembered although nothing of theirs waits or runs
 
@@ -97,11 +99,26 @@ W = TypeVar("W", bound=Waiter)
 class _Class:
     """heap: (cost when it was listed, a number, account); costs only grow, so a stale entry is a lower bound.
 
-    virtual: what the last one served had had before.
+    virtual: what the last one served had had before. past: what it was, at most once a second of the last minute.
     """
 
     heap: list[tuple[float, int, Account]] = field(default_factory=list)
     virtual: float = 0.0
+    past: deque[tuple[float, float]] = field(default_factory=deque)
+
+    def serve(self, cost: float, now: float) -> None:
+        if not self.past or now - self.past[-1][0] >= 1.0:
+            self.past.append((now, self.virtual))
+        self.virtual = max(self.virtual, cost)
+
+    def entry(self, now: float) -> float:
+        """What one who was away starts at."""
+        past = self.past
+        while len(past) > 1 and past[1][0] <= now - _LATELY_S:
+            past.popleft()
+        if not past or past[0][0] > now - _LATELY_S:
+            return 0.0
+        return past[0][1]
 
 
 class WaitingLine(Generic[W]):
@@ -153,14 +170,23 @@ class WaitingLine(Generic[W]):
         account = item.account = self._account(request)
         self._hear(request.fair_key, now)
         if not account.line:
-            # Lifted to those being served: what it did not ask for while it was away is not owed to it.
-            account.cost = max(account.cost, self._class(account).virtual)
+            # What it did not ask for while it was away is not owed to it.
+            account.cost = max(account.cost, self._class(account).entry(now))
             self._lines += 1
         if self._waiting == 0:
             self._sampled_from, self._sampled = now, 0
         account.line[item] = now, tokens
         self._waiting += 1
         self.tokens += tokens
+        self._list(account)
+
+    def put_back(self, item: W, now: float) -> None:
+        """Before the others of its own key: it had a place and gave it up to another key."""
+        account = item.account
+        self._lines += not account.line
+        self._waiting += 1
+        account.line[item] = now, 0
+        account.line.move_to_end(item, last=False)
         self._list(account)
 
     def push_front(self, item: W) -> None:
@@ -219,8 +245,7 @@ class WaitingLine(Generic[W]):
         if item in self._front:
             del self._front[item]
             return
-        kind = self._class(account)
-        kind.virtual = max(kind.virtual, account.cost)
+        self._class(account).serve(account.cost, now)
         self._leave_line(item)
         self._sampled += 1
         elapsed = now - self._sampled_from
@@ -243,14 +268,11 @@ class WaitingLine(Generic[W]):
         """Those in front, the last first: only they can hold anything while they wait."""
         return reversed(self._front)
 
-    def entitled(self, item: W, seats: int, now: float) -> bool:
-        """Whether `item` may have what is kept for newcomers: its key runs on less than an equal share of `seats`.
-
-        The share is among all keys heard of lately; where there is only one, nothing is kept from it.
-        """
-        self._forget_silent(now)
-        keys = len(self._recent)
-        return keys <= 1 or item in self._front or item.account.seats * keys < seats
+    def shared(self, now: float) -> bool:
+        """Whether more than one key was heard of in the last minute."""
+        while self._recent and now - next(iter(self._recent.values())) > _LATELY_S:
+            self._recent.popitem(last=False)
+        return len(self._recent) > 1
 
     # ---------------------------------------------------------------- inside
 
@@ -324,9 +346,4 @@ class WaitingLine(Generic[W]):
     def _hear(self, key: str, now: float) -> None:
         self._recent[key] = now
         self._recent.move_to_end(key)
-        self._forget_silent(now)
-
-    def _forget_silent(self, now: float) -> None:
-        recent = self._recent
-        while recent and now - next(iter(recent.values())) > _RECENT_S:
-            recent.popitem(last=False)
+        self.shared(now)
