@@ -161,12 +161,16 @@ class FakeEngine:
         job = self._jobs.get(request_id)
         if job is None:
             return False
+        self._end(job)
+        return True
+
+    def _end(self, job: _Job) -> None:
+        """Before its time, wherever it is."""
         if self._waiting.remove(job):
-            del self._jobs[request_id]
-            self._deadlines.discard(request_id)
+            del self._jobs[job.request.request_id]
+            self._deadlines.discard(job.request.request_id)
         else:
             self._drop(job)
-        return True
 
     def has_work(self) -> bool:
         return bool(self._jobs)
@@ -184,18 +188,20 @@ class FakeEngine:
     def step(self) -> list[Chunk]:
         now = self._clock()
         late = self._deadlines.take_late(now)
+        for request_id in late:
+            self._end(self._jobs[request_id])
         # Prompts are computed one after another, so the next one starts, and is chosen, when the last one is done.
         while (job := self._waiting.head(now)) is not None and self._prefill_free_at <= now:
             if self._is_hopeless(job, now):
-                self._waiting.remove(job)
                 late.append(job.request.request_id)
+                self._end(job)
             elif self._fits(job, now):
                 self._waiting.take(job, now, job.request.sampling.n)
                 self._start(job, now)
             else:
                 break
         self._steps += 1
-        chunks = [self._end_late(request_id) for request_id in late]
+        chunks = [Chunk(request_id=request_id, error=too_late()) for request_id in late]
         for row in [row for row in self._rows if row.due <= now]:
             if row.job.request.request_id in self._jobs:  # else an earlier choice of this step failed the request
                 chunks.append(self._emit(row))
@@ -227,11 +233,6 @@ class FakeEngine:
         needed = uncached / settings.prefill_tokens_per_s if settings.prefill_tokens_per_s else 0.0
         needed += later / settings.tokens_per_s if settings.tokens_per_s else 0.0
         return now + needed > deadline
-
-    def _end_late(self, request_id: str) -> Chunk:
-        self._deadlines.discard(request_id)
-        self.abort(request_id)
-        return Chunk(request_id=request_id, error=too_late())
 
     def _start(self, job: _Job, now: float) -> None:
         request, sampling = job.request, job.request.sampling

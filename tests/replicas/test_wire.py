@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from replicas import wire
 from replicas.protocol import (
     Chunk,
+    DeadlineExceeded,
     EngineFault,
     EngineStats,
     FinishReason,
@@ -58,7 +59,17 @@ def test_a_chunk_survives_the_wire(chunk: Chunk) -> None:
 @given(st.lists(int32).map(tuple), st.text(), st.integers(1, 2**62))
 def test_a_request_survives_the_wire(ids: tuple[int, ...], tenant: str, seq: int) -> None:
     sampling = SamplingParams(n=3, temperature=0.1, logit_bias=((1, -2.5),), stop=("a", "bc"), seed=-5, logprobs=2)
-    request = GenerateRequest(request_id="r", prompt_token_ids=ids, sampling=sampling, tenant=tenant)
+    request = GenerateRequest(
+        request_id="r",
+        prompt_token_ids=ids,
+        sampling=sampling,
+        tenant=tenant,
+        priority=-2,
+        fair_key=tenant,
+        deadline_s=0.1,
+        max_queued=7,
+        max_queued_per_key=3,
+    )
     message = wire.decode_to_replica(wire.encode(wire.submit(seq, request)))
     assert isinstance(message, wire.Submit)
     assert message.seq == seq
@@ -67,7 +78,12 @@ def test_a_request_survives_the_wire(ids: tuple[int, ...], tenant: str, seq: int
 
 @pytest.mark.parametrize(
     "error",
-    [InvalidRequest("no", param="stop"), QueueFull("full", retry_after_s=1.5), EngineFault("broke")],
+    [
+        InvalidRequest("no", param="stop"),
+        QueueFull("full", retry_after_s=1.5),
+        DeadlineExceeded("late"),
+        EngineFault("broke"),
+    ],
     ids=lambda error: type(error).__name__,
 )
 def test_an_error_arrives_as_its_own_type(error: Exception) -> None:
