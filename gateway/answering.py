@@ -7,11 +7,10 @@ caller got wrong is found before, or fails alike everywhere. Knows nothing of bo
 from __future__ import annotations
 
 import secrets
-import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gateway import dispatch, passing
 from gateway.billing import Bill, claimant
@@ -21,7 +20,7 @@ from gateway.fleet import Fleet
 from gateway.jobs import Job
 from gateway.keys import ApiKey
 from gateway.ledger.ledger import Ledger
-from gateway.metrics import Histogram, Metrics, ModelMetrics
+from gateway.metrics import Metrics, ModelMetrics
 from gateway.models import Model, item_path
 from gateway.passing import PassedRequest
 from gateway.requests import ChatRequest, CompletionRequest
@@ -29,11 +28,15 @@ from gateway.responses import Shape, total
 from gateway.routes import route_request
 from gateway.rules import ModelGroup, Rules
 from gateway.select import Selection, Size, select_from, select_model
+from gateway.telemetry import Laps
 from gateway.upstreams import UpstreamModel
 from policies.budget import Subject, downgrade
 from policies.rightsize.cascade import Cascade, confidence
 from replicas.protocol import Chunk, EngineFault, GenerateRequest, InvalidRequest, RequestError, Unavailable, Usage
 from replicas.upstream_messages import UpstreamRequest
+
+if TYPE_CHECKING:
+    from gateway.tracing import Trace
 
 # Reserved where neither caller nor fleet file says how long an upstream's answer may become.
 _MOST_TOKENS_OF_AN_UPSTREAM = 4096
@@ -49,28 +52,16 @@ Prompts = list[tuple[int, ...]]
 class Kind:
     """What distinguishes one endpoint from the other.
 
-    param names the field that holds the prompt. encode tokenises: (request, model, tenant) -> token ids per prompt.
+    param names the field that holds the prompt; operation is what traces call this. encode tokenises: (request, model,
+    tenant) -> token ids per prompt.
     """
 
     request: type[Any]
     shape: Shape
     id_prefix: str
     param: str
+    operation: str
     encode: Callable[[Any, Model, str], Awaitable[Prompts]]
-
-
-class Laps:
-    """Splits the time since arrival over the stages of a request."""
-
-    def __init__(self, stages: dict[str, Histogram]) -> None:
-        self._stages = stages
-        self.began = self._last = time.perf_counter()
-
-    def lap(self, stage: str) -> float:
-        now = time.perf_counter()
-        self._stages[stage].observe(now - self._last)
-        self._last = now
-        return now
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +69,8 @@ class Asked:
     """One caller's request on its way through this gateway.
 
     body: as it came. unsupported: why no local engine can do this, where only an upstream may be able to; `request`
-    then is a PassedRequest. first_try: the caller says that it has not sent this before.
+    then is a PassedRequest. first_try: the caller says that it has not sent this before. trace: None where nobody
+    traces. caller_trace: traceparent and tracestate as they came, for upstreams, where nobody does.
     """
 
     kind: Kind
@@ -90,6 +82,8 @@ class Asked:
     rules: Rules
     record: Record
     laps: Laps
+    trace: Trace | None = None
+    caller_trace: tuple[str | None, str | None] = (None, None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -312,6 +306,8 @@ class Answering:
             body=body,
             prompt_tokens=upstream.prompt_tokens(body),
             unary=not asked.request.stream,
+            traceparent=asked.caller_trace[0],
+            tracestate=asked.caller_trace[1],
         )
         limit = body.get("max_completion_tokens") or body.get("max_tokens") or _MOST_TOKENS_OF_AN_UPSTREAM
         return Job(
@@ -322,6 +318,8 @@ class Answering:
             whole=whole,
             max_tokens=limit * request.choices,
             bill=self._bill(asked, upstream.name, role),
+            role=role,
+            trace=asked.trace,
         )
 
     async def _plan(self, asked: Asked, model: Model, role: str, *, whole: bool) -> list[Job]:
@@ -348,6 +346,8 @@ class Answering:
                 whole=whole,
                 max_tokens=max_tokens * sampling.n,
                 bill=bill,
+                role=role,
+                trace=asked.trace,
             )
             jobs.append(job)
         return jobs

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
@@ -16,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from gateway import admin_requests, openapi
+from gateway import admin_requests, logs, openapi
 from gateway.admin import Admin, create_router
 from gateway.answering import Answering, Kind
 from gateway.config import GatewayConfig, ServedModel
@@ -37,7 +38,11 @@ from gateway.policy_follower import PolicyFollower
 from gateway.rules import ModelGroup, Rules, compiler, fleet_names, predictor_folder, rules_for
 from gateway.schemas import ErrorResponse, Health, ModelList, ModelObject
 from gateway.shadow import Shadows
+from gateway.telemetry import traces_wanted
 from gateway.totals import METRICS, Totals
+
+if TYPE_CHECKING:
+    from gateway.tracing import Tracing
 
 
 @dataclass(slots=True)
@@ -110,6 +115,7 @@ class _Gateway:
             stack.push_async_callback(books.aclose)
             books.start()
             answering = Answering(config, fleet, self.metrics, ledger)
+            tracing = await self._telemetry(stack)
             shadows = Shadows(answering, self.metrics)
             stack.push_async_callback(shadows.aclose)
             services = Services(
@@ -120,6 +126,7 @@ class _Gateway:
                 shadows=shadows,
                 metrics=self.metrics,
                 book=book,
+                tracing=tracing,
             )
             endpoints = {kind.id_prefix: Generate(kind, services) for kind in (CHAT, COMPLETION)}
             self.metrics.follow(lambda: fleet.connections)
@@ -128,6 +135,19 @@ class _Gateway:
                 yield
             finally:
                 self._running = None
+
+    async def _telemetry(self, stack: AsyncExitStack) -> Tracing | None:
+        """Logs and traces, where the environment asks for them; `stack` ends both. ConfigError."""
+        handler = logs.destination(os.environ, self.config.state_dir)
+        if handler is not None:
+            stack.callback(logs.install(handler))
+        if not traces_wanted(os.environ):
+            return None
+        from gateway.tracing import from_environment  # a tenth of a second, for nothing elsewhere
+
+        tracing = from_environment(os.environ, self.config.gateway_id)
+        stack.push_async_callback(tracing.aclose)
+        return tracing
 
     def model_object(self, name: str, target: ServedModel | ModelGroup) -> ModelObject:
         """`target` is what the name stands for; a group is as long as its longest model."""
@@ -175,7 +195,12 @@ def create_app(config: GatewayConfig, directory: Directory, *, connect: Connect 
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.gateway = gateway
-    app.add_middleware(Edge, metrics=gateway.metrics, server_sends_request_id=config.server_sends_request_id)
+    app.add_middleware(
+        Edge,
+        metrics=gateway.metrics,
+        server_sends_request_id=config.server_sends_request_id,
+        logged=logs.wanted(os.environ),
+    )
     app.add_exception_handler(HTTPException, _routing_error)
     # first, because routes are tried in order and these two carry the load
     app.router.routes[:0] = [

@@ -15,7 +15,7 @@ from dataclasses import replace
 from gateway.billing import charge
 from gateway.config import Retries
 from gateway.fleet import Fleet
-from gateway.jobs import Attempt, Job
+from gateway.jobs import Job
 from gateway.ledger.entries import attempt_id
 from gateway.routes import Choice
 from replicas.protocol import (
@@ -52,13 +52,13 @@ async def generate(fleet: Fleet, job: Job, retries: Retries) -> Chunks:
         meter = await charge(job, attempt)
         try:
             choice = _choose(fleet, job, tried) or await _wait_for_replica(fleet, job, tried, last, deadline, retries)
-            job.attempts.append(Attempt(choice.decision, time.time()))
+            job.began(choice.decision, choice.connection.address.endpoint)
             # an id of its own per attempt: the one before may still run on a replica that only we lost
             named = request if not attempt else replace(request, request_id=attempt_id(request.request_id, attempt))
             with fleet.routes[job.model].counted(route, choice):
                 async with aclosing(choice.connection.generate(named)) as stream:
                     async for ready in stream:
-                        job.first_at = job.first_at or time.perf_counter()
+                        job.saw(ready)
                         meter.saw(ready)
                         if job.whole:
                             held += ready
@@ -79,6 +79,7 @@ async def generate(fleet: Fleet, job: Job, retries: Retries) -> Chunks:
             tried.add(choice.decision.replica_id)
         finally:
             meter.end()
+            job.ended()
         if isinstance(last, ReplicaLost):
             await asyncio.sleep(_PAUSE_S * (attempt + 1))
     assert last is not None, "at least one attempt is configured"

@@ -13,13 +13,18 @@ import time
 import uuid
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gateway import logs
 from gateway.errors import INTERNAL, error_body, error_headers, http_error
+from gateway.explain import Record
 from gateway.metrics import Metrics
 from replicas.protocol import InvalidRequest, PayloadTooLarge, SignalboxError
+
+if TYPE_CHECKING:
+    from gateway.tracing import Trace
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +32,7 @@ EXCHANGE = "signalbox.exchange"
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 _METHODS = frozenset(("GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE"))
 _CLIENT_GONE = 499
+_HUNG_UP = "ClientGone"
 
 
 class ClientGone(Exception):
@@ -38,7 +44,7 @@ class Exchange:
     """One request as the edge sees it. `started` is perf_counter's; status 0 means nothing was sent yet.
 
     `headers` go with whatever is answered. `route` is the pattern that matched, where the endpoint is not one of
-    FastAPI's, which say so in the scope.
+    FastAPI's, which say so in the scope. `record` and `trace` are a generation's. `failure` names what went wrong.
     """
 
     request_id: bytes
@@ -48,6 +54,9 @@ class Exchange:
     status: int = 0
     route: str = ""
     headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+    record: Record | None = None
+    trace: Trace | None = None
+    failure: str = ""
 
     async def send_stamped(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -68,9 +77,10 @@ def header(scope: Scope, name: bytes) -> bytes:
 class Edge:
     """Wraps the whole application, inside nothing but Starlette's own last resort."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, server_sends_request_id: bool) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, server_sends_request_id: bool, logged: bool = False) -> None:
         self._app = app
         self._metrics = metrics
+        self._logged = logged
         self._server_sends_request_id = server_sends_request_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -81,20 +91,25 @@ class Edge:
         request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}".encode()
         exchange = Exchange(request_id, time.perf_counter(), not self._server_sends_request_id, send)
         scope[EXCHANGE] = exchange
+        token = logs.current.set(exchange) if self._logged else None
         try:
             await self._app(scope, receive, exchange.send_stamped)
         except ClientGone:
-            exchange.status = _CLIENT_GONE
+            exchange.status, exchange.failure = _CLIENT_GONE, _HUNG_UP
         except asyncio.CancelledError:
-            exchange.status = _CLIENT_GONE
+            exchange.status, exchange.failure = _CLIENT_GONE, _HUNG_UP
             raise
         except SignalboxError as error:
+            exchange.failure = type(error).__name__
             await self._refuse(exchange, error)
-        except Exception:
-            logger.exception("request %s failed", exchange.request_id.decode())
+        except Exception as error:
+            exchange.failure = type(error).__name__
+            logger.error("request %s failed", exchange.request_id.decode(), exc_info=logs.redacted(error))
             await self._refuse(exchange, INTERNAL)
         finally:
-            self._count(scope, exchange)
+            self._ended(scope, exchange)
+            if token is not None:
+                logs.current.reset(token)
 
     async def _refuse(self, exchange: Exchange, error: SignalboxError) -> None:
         if exchange.status:  # too late for a status line; not completing the body is how the server learns to cut
@@ -109,11 +124,16 @@ class Edge:
         )
         await exchange.send({"type": "http.response.body", "body": body})
 
-    def _count(self, scope: Scope, exchange: Exchange) -> None:
+    def _ended(self, scope: Scope, exchange: Exchange) -> None:
         # the route's pattern, not the path: a caller must not be able to invent labels
         route = exchange.route or getattr(scope.get("route"), "path", "unmatched")
         method = scope["method"] if scope["method"] in _METHODS else "other"
-        self._metrics.answered(route, method, exchange.status, time.perf_counter() - exchange.started)
+        seconds = time.perf_counter() - exchange.started
+        self._metrics.answered(route, method, exchange.status, seconds)
+        if exchange.trace is not None:
+            exchange.trace.end(exchange, method)
+        if self._logged:
+            logs.answered(exchange, method=method, route=route, seconds=seconds)
 
 
 async def read_body(scope: Scope, receive: Receive, max_bytes: int, timeout_s: float) -> bytes:
@@ -146,6 +166,12 @@ async def _read_parts(receive: Receive, max_bytes: int) -> bytes:
 
 def _too_large(max_bytes: int) -> PayloadTooLarge:
     return PayloadTooLarge(f"the request body is larger than {max_bytes} bytes")
+
+
+def trace_headers(scope: Scope) -> tuple[str | None, str | None]:
+    """The caller's traceparent and tracestate, as they came."""
+    parent = header(scope, b"traceparent").decode("latin-1")
+    return parent or None, header(scope, b"tracestate").decode("latin-1") or None
 
 
 class HangUp:

@@ -14,18 +14,19 @@ import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.types import Receive, Scope, Send
 
 from gateway import passing, requests
-from gateway.answering import Answering, Asked, Kind, Laps, Opened, Prompts, Request, check_limits
+from gateway.answering import Answering, Asked, Kind, Opened, Prompts, Request, check_limits
 from gateway.config import GatewayConfig
-from gateway.edge import EXCHANGE, ClientGone, Exchange, HangUp, header, read_body
+from gateway.edge import EXCHANGE, ClientGone, Exchange, HangUp, header, read_body, trace_headers
 from gateway.errors import INTERNAL, error_body, http_error
 from gateway.explain import Record, RecordBook
 from gateway.jobs import Job
 from gateway.keys import ApiKey, KeyRing
+from gateway.logs import redacted
 from gateway.metrics import Metrics
 from gateway.models import Model
 from gateway.passing import PassedAnswer, PassedWriter
@@ -34,8 +35,12 @@ from gateway.requests import ChatRequest, CompletionRequest
 from gateway.responses import DONE, ChatShape, Collected, CompletionShape, Envelope, EventWriter
 from gateway.rules import ModelGroup, Rules, rules_for
 from gateway.shadow import Shadows
+from gateway.telemetry import Laps
 from policies import limits
 from replicas.protocol import InvalidRequest, NotSupported, RequestError, SignalboxError, Usage
+
+if TYPE_CHECKING:
+    from gateway.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +60,8 @@ async def _encode_completion(request: CompletionRequest, model: Model, tenant: s
     return await model.encode_prompts(request.prompts())
 
 
-CHAT = Kind(ChatRequest, ChatShape(), "chatcmpl", "messages", _encode_chat)
-COMPLETION = Kind(CompletionRequest, CompletionShape(), "cmpl", "prompt", _encode_completion)
+CHAT = Kind(ChatRequest, ChatShape(), "chatcmpl", "messages", "chat", _encode_chat)
+COMPLETION = Kind(CompletionRequest, CompletionShape(), "cmpl", "prompt", "text_completion", _encode_completion)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +75,7 @@ class Services:
     shadows: Shadows
     metrics: Metrics
     book: RecordBook
+    tracing: Tracing | None = None
 
 
 class Generate:
@@ -82,11 +88,14 @@ class Generate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         services = self._services
         laps = Laps(services.metrics.stages)
+        exchange: Exchange = scope[EXCHANGE]
+        if services.tracing is not None:
+            exchange.trace = services.tracing.begin(scope["headers"], self._kind.operation, exchange.started)
+            laps.marks = exchange.trace.marks
         key = await services.keys.authenticate(header(scope, b"authorization"))
         laps.lap("auth")
-        exchange: Exchange = scope[EXCHANGE]
         rules = await rules_for(services.policies, key.id)
-        record = self._record(exchange, key, rules.generation)
+        exchange.record = record = self._record(exchange, key, rules.generation)
         services.book.add(record)
         try:
             bounds = services.config.limits
@@ -105,6 +114,8 @@ class Generate:
                 rules=rules,
                 record=record,
                 laps=laps,
+                trace=exchange.trace,
+                caller_trace=trace_headers(scope) if services.config.upstreams else (None, None),
             )
             async with HangUp(receive, not services.config.server_cancels) as hang_up:
                 await self._answer(asked, exchange, hang_up, send)
@@ -170,12 +181,13 @@ class Generate:
                     model=opened.model.name,
                     fingerprint=opened.model.fingerprint,
                 )
-                await (self._stream if asked.request.stream else self._whole)(asked, opened, envelope, hang_up, send)
+                send_it = self._stream if asked.request.stream else self._whole
+                exchange.failure = await send_it(asked, opened, envelope, hang_up, send)
             finally:
                 opened.metrics.in_flight -= 1
             opened.metrics.e2e_request_latency.observe(time.perf_counter() - asked.laps.began)
 
-    async def _whole(self, asked: Asked, opened: Opened, envelope: Envelope, hang_up: HangUp, send: Send) -> None:
+    async def _whole(self, asked: Asked, opened: Opened, envelope: Envelope, hang_up: HangUp, send: Send) -> str:
         collected: Any = (
             PassedAnswer(opened.choices, chat=self._kind.shape.opens_with_role)
             if opened.passed
@@ -196,18 +208,23 @@ class Generate:
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
         self._services.shadows.consider(asked, opened, collected.text(0))
+        return ""
 
-    async def _stream(self, asked: Asked, opened: Opened, envelope: Envelope, hang_up: HangUp, send: Send) -> None:
+    async def _stream(self, asked: Asked, opened: Opened, envelope: Envelope, hang_up: HangUp, send: Send) -> str:
+        """The name of what cut the answer off, "" where it is complete."""
         await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
         try:
             await self._events(asked, opened, envelope, hang_up, send)
         except SignalboxError as error:
             asked.record.error = opened.step.error = error.message
             await _send_error(error, send)
-        except Exception:
-            logger.exception("stream %s failed", envelope.id)
+            return type(error).__name__
+        except Exception as error:
+            logger.error("stream %s failed", envelope.id, exc_info=redacted(error))
             asked.record.error = INTERNAL.message
             await _send_error(INTERNAL, send)
+            return type(error).__name__
+        return ""
 
     def _writer(self, request: Request, opened: Opened, envelope: Envelope) -> Any:
         shape, usage = self._kind.shape, request.include_usage

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from gateway.billing import Bill
 from gateway.routes import DEFAULT_POLICY
 from policies.fleet_view import RouteRequest
-from replicas.protocol import GenerateRequest, RouteDecision, SignalboxError, Usage
-from replicas.upstream_messages import UpstreamRequest
+from replicas.protocol import Chunk, GenerateRequest, RouteDecision, SignalboxError, Timing, Usage
+from replicas.upstream_messages import UpstreamChunk, UpstreamRequest
+
+if TYPE_CHECKING:
+    from gateway.tracing import AttemptSpan, Trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +34,14 @@ class Job:
     max_tokens: of all its choices together. bill: who pays; None where nobody does.
     first_at: when its first chunk came (perf_counter). shown: something of the answer was handed on. used: what is
     known to have been used, set when it ends. route: what a choice among replicas is made by; upstreams need none.
+    role: as in `explain.Step`. timing: where its time went in the engine, when that has ended. trace, span: None where
+    nobody traces; finish_reasons: of a traced one's choices.
     """
 
     model: str
     request: GenerateRequest | UpstreamRequest
     route: RouteRequest | None
+    role: str = "answer"
     policy: str = DEFAULT_POLICY
     generation: int = 0
     whole: bool = False
@@ -41,13 +50,41 @@ class Job:
     first_at: float | None = None
     shown: bool = False
     used: Usage | None = None
+    timing: Timing | None = None
     attempts: list[Attempt] = field(default_factory=list)
+    trace: Trace | None = None
+    span: AttemptSpan | None = None
+    finish_reasons: tuple[str, ...] = ()
 
     @property
     def prompt_tokens(self) -> int:
         request = self.request
         return len(request.prompt_token_ids) if isinstance(request, GenerateRequest) else request.prompt_tokens
 
+    def began(self, decision: RouteDecision, address: str) -> None:
+        """It is given to a replica at `address`."""
+        self.attempts.append(Attempt(decision, time.time()))
+        if self.trace is not None:
+            self.span = self.trace.attempt(self, address)
+
+    def saw(self, ready: Sequence[Chunk] | Sequence[UpstreamChunk]) -> None:
+        """Something of it came; never nothing."""
+        if self.first_at is None:
+            self.first_at = time.perf_counter()
+        last = ready[-1]
+        if isinstance(last, Chunk) and last.usage is not None:
+            self.timing = last.timing
+        if self.span is not None:
+            self.span.saw(ready)
+
     def failed(self, error: SignalboxError) -> None:
         """The latest attempt ended in an error."""
         self.attempts[-1] = replace(self.attempts[-1], error=f"{type(error).__name__}: {error.message}")
+        if self.span is not None:
+            self.span.failure = error
+
+    def ended(self) -> None:
+        """The latest attempt is over and `used` is known; called in its `finally`."""
+        if self.span is not None:
+            self.span.end()
+            self.span = None

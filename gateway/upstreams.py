@@ -12,11 +12,12 @@ import random
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import AsyncExitStack, aclosing
+from dataclasses import replace
 from typing import Any
 
 from gateway.billing import Meter, charge
 from gateway.config import GatewayConfig, Retries
-from gateway.jobs import Attempt, Job
+from gateway.jobs import Job
 from policies.breaker import Breaker, BreakerState, outcome_of
 from replicas.protocol import NoReplica, QueueFull, RouteDecision, SignalboxError, Unavailable, Usage
 from replicas.upstream import UpstreamCard, UpstreamConnection
@@ -73,6 +74,7 @@ class UpstreamModel:
                     raise
             finally:
                 meter.end()
+                job.ended()
             await asyncio.sleep(_PAUSE_S * 2**attempt)
 
     async def _once(self, job: Job, meter: Meter) -> AsyncGenerator[list[UpstreamChunk], None]:
@@ -84,7 +86,8 @@ class UpstreamModel:
             wait_s = self.breaker.wait_s(now)
             raise NoReplica(f"the upstream of {self.name!r} is failing and is left alone", retry_after_s=wait_s)
         assert isinstance(job.request, UpstreamRequest), "jobs for upstreams are made with their requests"
-        job.attempts.append(Attempt(self._decision(job.generation), time.time()))
+        job.began(self._decision(job.generation), self.connection.upstream.origin)
+        request = _traced(job, job.request)
         held: list[UpstreamChunk] = []
         failed: BaseException | None = None
 
@@ -92,9 +95,9 @@ class UpstreamModel:
             meter.used = usage
 
         try:
-            async with aclosing(self.connection.generate(job.request, settle=settle)) as stream:
+            async with aclosing(self.connection.generate(request, settle=settle)) as stream:
                 async for ready in stream:
-                    job.first_at = job.first_at or time.perf_counter()
+                    job.saw(ready)
                     self.breaker.started(permit, time.monotonic())
                     if job.whole:
                         held += ready
@@ -117,6 +120,14 @@ class UpstreamModel:
         return RouteDecision(
             policy="upstream", replica_id=name, candidates=(name,), terms={"score": (0.0,)}, generation=generation
         )
+
+
+def _traced(job: Job, request: UpstreamRequest) -> UpstreamRequest:
+    """The request with this attempt as its caller, where somebody traces."""
+    if job.trace is None:
+        return request
+    parent, state = job.trace.carried(job.span)
+    return replace(request, traceparent=parent, tracestate=state)
 
 
 async def connect_all(config: GatewayConfig, stack: AsyncExitStack) -> dict[str, UpstreamModel]:

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 
 from replicas.engine.deadlines import Deadlines, too_late
 from replicas.engine.detokenizer import Detokenizer
+from replicas.engine.phases import Phases
 from replicas.engine.waiting import OUTPUT_WEIGHT, Account, WaitingLine
 from replicas.fake_blocks import PrefixBlocks
 from replicas.fake_settings import FakeSettings, fake_card
@@ -62,6 +63,7 @@ class _Job:
     completed: int = 0
     came: float = 0.0
     ready_at: float = 0.0
+    phases: Phases = field(default_factory=lambda: Phases(0.0))
     account: Account = field(default_factory=Account)
     rows: list[_Row] = field(default_factory=list)
 
@@ -131,7 +133,7 @@ class FakeEngine:
                 f"the request needs more than the {settings.num_blocks} KV blocks there are", param="max_tokens"
             )
         self._jobs[request.request_id] = job
-        job.came = now
+        job.came, job.phases = now, Phases(now)
         self._waiting.add(job, request, job.uncached, now)
         if request.deadline_s is not None:
             self._deadlines.add(request.request_id, now + request.deadline_s)
@@ -244,6 +246,7 @@ class FakeEngine:
         # A step that is late does not make the time-table late, unless what the job waited for was a place.
         begin = min(now, max(self._prefill_free_at, self._released_at, job.came))
         job.account.cost += job.uncached
+        job.phases.scheduled(begin)
         job.ready_at = self._prefill_free_at = begin + (job.uncached / rate if rate else 0.0)
         for index in range(sampling.n):
             salt = (sampling.seed or 0, index) if sampling.temperature > 0 else ()
@@ -280,6 +283,7 @@ class FakeEngine:
             logprobs=self._logprobs(row, token),
             finish_reason=finish,
             usage=usage,
+            timing=job.phases.token(self._clock(), last=usage is not None),
         )
 
     def _next(self, row: _Row) -> tuple[int, str, FinishReason | None]:

@@ -250,12 +250,26 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """Where a request's time went in the engine, in seconds by the engine's own clock.
+
+    queued_s: accepted → first scheduled; prefill_s: from there to its first token, whatever came between (other
+    requests' steps, preemption); decode_s: from there to its last token, 0 in what goes out with the first.
+    """
+
+    queued_s: float
+    prefill_s: float
+    decode_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
     """What one engine step brought for one choice of one request.
 
     `text` may be empty while a character or a possible stop string is incomplete; `token_ids` then still counts.
     `finish_reason` ends choice `index`. `usage` is set on exactly one chunk, the last of the request: it is the
-    terminal event. `error` is the other terminal event; it stands alone.
+    terminal event. `error` is the other terminal event; it stands alone. `timing` comes with a request's first token
+    and with its last.
     """
 
     request_id: str
@@ -266,6 +280,7 @@ class Chunk:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     error: SignalboxError | None = None
+    timing: Timing | None = None
 
     @property
     def terminal(self) -> bool:

@@ -34,6 +34,7 @@ from replicas.protocol import (
     ReplicaStatus,
     SamplingParams,
     SignalboxError,
+    Timing,
     TokenLogprob,
     Usage,
     error_from_name,
@@ -113,7 +114,9 @@ class LogprobPart(_Frame, frozen=True):
 
 
 class ChunkPart(_Frame, frozen=True):
-    """One Chunk without its request id. `finish` is an index into _FINISH; usage is (prompt, completion, cached)."""
+    """One Chunk without its request id. `finish` is an index into _FINISH; usage is (prompt, completion, cached) and
+    timing (queued, prefill, decode) in seconds.
+    """
 
     seq: int
     index: int
@@ -123,6 +126,7 @@ class ChunkPart(_Frame, frozen=True):
     usage: tuple[int, int, int] | None = None
     logprobs: tuple[LogprobPart, ...] = ()
     error: ErrorPart | None = None
+    timing: tuple[float, float, float] | None = None
 
 
 class Chunks(_Frame, tag=7, frozen=True):
@@ -265,7 +269,7 @@ def _unpack_ids(packed: bytes) -> tuple[int, ...]:
 def chunk_part(seq: int, chunk: Chunk) -> ChunkPart:
     if chunk.error is not None:
         return error_part(seq, chunk.error)
-    usage = chunk.usage
+    usage, timing = chunk.usage, chunk.timing
     return ChunkPart(
         seq,
         chunk.index,
@@ -274,6 +278,7 @@ def chunk_part(seq: int, chunk: Chunk) -> ChunkPart:
         _FINISH_INDEX[chunk.finish_reason],
         None if usage is None else (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens),
         tuple(map(_logprob_part, chunk.logprobs)) if chunk.logprobs else (),
+        timing=None if timing is None else (timing.queued_s, timing.prefill_s, timing.decode_s),
     )
 
 
@@ -293,7 +298,12 @@ def chunk(request_id: str, part: ChunkPart) -> Chunk:
         finish_reason=_FINISH[part.finish] if 0 <= part.finish < len(_FINISH) else None,
         usage=None if usage is None else _usage(*usage),
         error=None if part.error is None else error(part.error),
+        timing=None if part.timing is None else _timing(*part.timing),
     )
+
+
+def _timing(queued_s: float, prefill_s: float, decode_s: float) -> Timing:
+    return Timing(queued_s=queued_s, prefill_s=prefill_s, decode_s=decode_s)
 
 
 def _usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Usage:

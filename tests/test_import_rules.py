@@ -26,14 +26,15 @@ RULES: dict[str, tuple[set[str], set[str]]] = {  # module: (anywhere, inside fun
     ),
     "replicas.engine.scheduler": (
         {"replicas.protocol"}
-        | {f"replicas.engine.{name}" for name in ("blocks", "deadlines", "pace", "sequence", "waiting")},
+        | {f"replicas.engine.{name}" for name in ("blocks", "deadlines", "pace", "phases", "sequence", "waiting")},
         set(),
     ),
     "replicas.engine.waiting": ({"replicas.protocol"}, set()),
     "replicas.engine.deadlines": ({"replicas.protocol"}, set()),
     "replicas.engine.pace": (set(), set()),
     "replicas.engine.blocks": ({"replicas.protocol"}, set()),
-    "replicas.engine.sequence": ({"replicas.protocol", "replicas.engine.waiting"}, set()),
+    "replicas.engine.phases": ({"replicas.protocol"}, set()),
+    "replicas.engine.sequence": ({"replicas.protocol", "replicas.engine.phases", "replicas.engine.waiting"}, set()),
     "replicas.engine": (ENGINE, ENGINE_LAZY),
     "replicas": (
         {"replicas", "msgspec", "zmq", "httpx", "tokenizers"},

@@ -29,6 +29,7 @@ from replicas.engine.loading import Loaded, load
 from replicas.engine.memory import choose_num_blocks
 from replicas.engine.meter import Meter
 from replicas.engine.offline import Completion, collect
+from replicas.engine.phases import Phases
 from replicas.engine.sampler import Sampled, Sampler
 from replicas.engine.scheduler import Scheduler, Step
 from replicas.engine.sequence import Group, Sequence
@@ -102,7 +103,9 @@ class Engine:
         ]
         first = sequences[0]
         first.queued_tokens = len(prompt) - self._cached_tokens(first)
-        self._groups[request.request_id] = Group(request, sequences, sequences[1:], params.n)
+        self._groups[request.request_id] = Group(
+            request, sequences, sequences[1:], params.n, Phases(time.perf_counter())
+        )
         self._texts.update((seq, Detokenizer(params.stop)) for seq in sequences)
         self.scheduler.add(first, request)
         self._prompt_tokens += len(prompt)
@@ -142,7 +145,7 @@ class Engine:
         except Exception:
             logger.exception("step of %d sequences failed", len(step.items))
             return late + self._fail(step)
-        chunks = late + self._commit(step, sampled)
+        chunks = late + self._commit(step, sampled, started)
         self._steps += 1
         seconds = time.perf_counter() - started
         self._meter.record(seconds, step.num_prefill_tokens, self.pool.released)
@@ -159,10 +162,12 @@ class Engine:
         rows = [seq for seq, count in step.items if seq.num_computed + count == seq.num_tokens]
         return self._sampler(logits, rows) if rows else []
 
-    def _commit(self, step: Step, sampled: list[Sampled]) -> list[Chunk]:
+    def _commit(self, step: Step, sampled: list[Sampled], started: float) -> list[Chunk]:
         chunks: list[Chunk] = []
         results = iter(sampled)
         for seq, count in step.items:
+            if seq.num_output == 0:
+                self._groups[seq.request_id].phases.scheduled(started)
             seq.num_computed += count
             seq.queued_tokens = max(seq.queued_tokens - count, 0)
             if seq.num_computed == seq.num_tokens:
@@ -197,6 +202,7 @@ class Engine:
             logprobs=self._logprobs(sampled),
             finish_reason=seq.finish_reason,
             usage=usage,
+            timing=group.phases.token(time.perf_counter(), last=usage is not None),
         )
 
     def _advance(self, seq: Sequence, token: int) -> str:

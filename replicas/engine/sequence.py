@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from replicas.engine.phases import Phases
 from replicas.engine.waiting import Account
 from replicas.protocol import FinishReason, GenerateRequest, SamplingParams, block_hash
 
@@ -67,9 +68,13 @@ class Sequence:
 
 @dataclass(slots=True, eq=False)
 class Group:
-    """A request and its n sequences. `unforked` wait for the first one to compute their common prompt."""
+    """A request and its n sequences. `unforked` wait for the first one to compute their common prompt.
+
+    phases: what its time went to.
+    """
 
     request: GenerateRequest
     sequences: list[Sequence]
     unforked: list[Sequence]
     num_unfinished: int
+    phases: Phases
