@@ -13,6 +13,7 @@ import random
 import time
 from collections import deque
 from contextlib import suppress
+from contextvars import Context
 
 from gateway.answering import Answering, Asked, Opened
 from gateway.metrics import Metrics
@@ -71,7 +72,7 @@ class Shadows:
         if shadows(self.guard(group), promise, chosen=opened.model.name, strong_cost=expected, rng=self._rng):
             self._waiting.append((asked, group, promise, text))
             if len(self._workers) < _AT_ONCE:
-                worker = asyncio.create_task(self._work(), name="shadow")
+                worker = asyncio.create_task(self._work(), name="shadow", context=Context())  # of no one request
                 self._workers.add(worker)
                 worker.add_done_callback(self._workers.discard)
 
