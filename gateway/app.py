@@ -28,6 +28,7 @@ from gateway.edge import EXCHANGE, Edge, header
 from gateway.errors import routing_error_body
 from gateway.explain import EXPLAIN, RecordBook
 from gateway.fleet import Fleet
+from gateway.gauges import gauges
 from gateway.generate import CHAT, COMPLETION, Generate, Services
 from gateway.keys import KeyRing, load_secret
 from gateway.ledger.books import Books
@@ -129,7 +130,7 @@ class _Gateway:
                 tracing=tracing,
             )
             endpoints = {kind.id_prefix: Generate(kind, services) for kind in (CHAT, COMPLETION)}
-            self.metrics.follow(lambda: fleet.connections)
+            self.metrics.follow(lambda: fleet.connections, lambda: gauges(fleet.upstreams, ledger, policies))
             self._running = _Running(services, fleet, endpoints, admin, mailbox)
             try:
                 yield

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
 
+# How the names of those begin that several gateways know alike: the largest is the newest, and nothing is added up.
+NEWEST_ONLY = "signalbox_policy_"
+
 STAGES = ("auth", "read", "parse", "select", "tokenise", "first_chunk")
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -92,13 +95,15 @@ class Metrics(Collector):
         self._requests = Counter[tuple[str, str, str]]()
         self._durations: dict[str, Histogram] = {}
         self._connections: Callable[[], Iterable[Connection]] = tuple
+        self._gauges: Callable[[], Iterable[Family]] = tuple
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
 
-    def follow(self, connections: Callable[[], Iterable[Connection]]) -> None:
-        """Whose reports to show."""
+    def follow(self, connections: Callable[[], Iterable[Connection]], gauges: Callable[[], Iterable[Family]]) -> None:
+        """Whose reports to show, and what else to ask for at every scrape."""
         self._connections = connections
+        self._gauges = gauges
 
     def answered(self, route: str, method: str, status: int, seconds: float) -> None:
         self._requests[route, method, str(status)] += 1
@@ -115,6 +120,7 @@ class Metrics(Collector):
         yield from self._gateway()
         yield from self._latencies()
         yield from self._engines()
+        yield from self._gauges()
 
     def _gateway(self) -> Iterator[Family]:
         requests = CounterMetricFamily(

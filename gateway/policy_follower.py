@@ -117,6 +117,12 @@ class PolicyFollower(Generic[T]):
         """Whether `generation_for` would refuse; then `await refresh()` first."""
         return time.monotonic() > self._fresh_until
 
+    @property
+    def serving(self) -> tuple[int, int]:
+        """Numbers of the active generation and of the canary's, 0 for none."""
+        assert self._now is not None, "start() has returned"
+        return self._now.active.number, self._now.canary.number if self._now.canary else 0
+
     def generation_for(self, key_id: str) -> Generation[T]:
         """The generation that a request of this key begins with, now. Unavailable while the database is unreachable."""
         if time.time() >= self._turn_at:

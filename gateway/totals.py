@@ -1,6 +1,6 @@
 """/metrics of all gateways as one: a scraper reaches whichever gateway the proxy picks, and must see the same counters.
 
-Numbers of gateways are added up. Numbers of replicas every gateway knows from the same reports: the largest is the
+Numbers of gateways are added up. Numbers of replicas, and of policies, every gateway knows alike: the largest is the
 newest, because they are counters, or gauges a moment apart. What describes one process only stays this gateway's own.
 """
 
@@ -16,7 +16,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from gateway.mailbox import Mailbox
-from gateway.metrics import Metrics
+from gateway.metrics import NEWEST_ONLY, Metrics
 
 METRICS = "metrics"  # the kind of question
 _PROCESS = "process_"
@@ -44,7 +44,8 @@ def merged(own: Iterable[Metric], others: Iterable[list[Family]]) -> list[Metric
         for sample, labels, value in samples:
             key = (sample, tuple(labels.items()))
             known = values.get(key, 0.0)
-            values[key] = max(known, value) if "replica" in labels else known + value
+            same = "replica" in labels or name.startswith(NEWEST_ONLY)
+            values[key] = max(known, value) if same else known + value
         family.samples = []
         for (sample, labelled), value in values.items():
             family.add_sample(sample, dict(labelled), value)
