@@ -72,7 +72,7 @@ class Job:
         if self.first_at is None:
             self.first_at = time.perf_counter()
         last = ready[-1]
-        if isinstance(last, Chunk) and last.usage is not None:
+        if last.usage is not None and isinstance(last, Chunk):
             self.timing = last.timing
         if self.span is not None:
             self.span.saw(ready)

@@ -6,11 +6,12 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 import pytest
 
-from gateway.config import ServedModel
+from gateway.config import Retries, ServedModel
 from replicas.fake import FakeSettings
 from replicas.protocol import Chunk, ConfigError, EngineFault, EngineStats, FinishReason, ReplicaLost, Timing, Usage
 from replicas.upstream_config import Upstream
@@ -43,8 +44,8 @@ def post(gateway: Gateway, *, headers: dict[str, str] | None = None, **changes: 
         )
 
 
-def assert_whole(spans: list[Seen], parent: str = "") -> Seen:
-    """One root, every other span below it, no child outside its parent's time; the root."""
+def assert_whole(spans: list[Seen], parent: str = "", late_s: float = 0.0) -> Seen:
+    """One root, every other span below it, no child outside its parent's time but by `late_s` at its end; the root."""
     by_id = {span.span_id: span for span in spans}
     roots = [span for span in spans if span.parent not in by_id]
     assert [root.parent for root in roots] == [parent], [span.name for span in roots]
@@ -53,7 +54,7 @@ def assert_whole(spans: list[Seen], parent: str = "") -> Seen:
         if span is not roots[0]:
             above = by_id[span.parent]
             assert above.began <= span.began, span.name
-            assert span.ended <= above.ended, span.name
+            assert span.ended <= above.ended + round(late_s * 1e9), span.name
     return roots[0]
 
 
@@ -216,7 +217,7 @@ def test_an_upstream_that_is_a_signalbox_continues_the_trace(
             answer = post(near, headers={"traceparent": CALLER, "tracestate": "vendor=1"}, model="far", stream=True)
             assert answer.status_code == 200
     spans = collector.wait(lambda spans: len(spans) == 9)
-    root = assert_whole(spans, CALLER_SPAN)
+    root = assert_whole(spans, CALLER_SPAN, late_s=0.1)  # the far gateway is not done when its last byte arrives
     assert root.name == "chat far"
     assert {span.state for span in spans} == {"vendor=1"}
     (asking,) = (span for span in spans if span.name == "chat far" and span.kind == "client")
@@ -304,3 +305,63 @@ def test_what_is_not_spoken_is_refused_at_start(asks: dict[str, str]) -> None:
 
     with pytest.raises(ConfigError, match=next(iter(asks.values()))):
         from_environment(asks, "gw")
+
+
+@pytest.fixture
+def failing() -> Iterator[tuple[str, list[dict[str, str]]]]:
+    """A server that answers 500 to everything: its base URL, and the headers of what it was asked."""
+    asked: list[dict[str, str]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append({name.lower(): value for name, value in self.headers.items()})
+            self.send_response(500)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/v1", asked
+        server.shutdown()
+        thread.join()
+
+
+def start_with_fallback(start_gateway: StartGateway, base_url: str) -> Gateway:
+    upstream = Upstream(name="far", base_url=base_url, upstream_model="x", tokenizer="estimate")
+    gateway = start_gateway(
+        models=(ServedModel(name="fake"), ServedModel(name="far")),
+        upstreams=(upstream,),
+        retries=Retries(attempts=2, wait_s=1),
+    )
+    with gateway.register() as register:
+        register.publish("fallbacks: {far: [fake]}", author="test")
+    return gateway
+
+
+def test_a_fallback_is_an_attempt_after_those_that_failed(
+    start_gateway: StartGateway, collector: Collector, failing: tuple[str, list[dict[str, str]]]
+) -> None:
+    gateway = start_with_fallback(start_gateway, failing[0])
+    assert post(gateway, model="far").json()["model"] == "fake"
+    spans = collector.wait(lambda spans: any(span.kind == "server" for span in spans))
+    root = assert_whole(spans)
+    attempts = sorted((span for span in spans if span.kind == "client"), key=lambda span: span.began)
+    assert [span.name for span in attempts] == ["chat far", "chat far", "chat fake"]
+    assert [span.attributes["signalbox.role"] for span in attempts] == ["answer", "answer", "fallback"]
+    assert [span.error for span in attempts] == [True, True, False]
+    assert (root.name, root.attributes["gen_ai.response.model"], root.error) == ("chat far", "fake", False)
+    told = [headers["traceparent"].split("-") for headers in failing[1]]
+    assert [one[:3] for one in told] == [["00", root.trace_id, span.span_id] for span in attempts[:2]]
+    assert all(int(one[3], 16) & 1 for one in told)  # recorded
+
+
+def test_without_tracing_an_upstream_is_told_the_callers_own_trace(
+    start_gateway: StartGateway, failing: tuple[str, list[dict[str, str]]]
+) -> None:
+    gateway = start_with_fallback(start_gateway, failing[0])
+    assert post(gateway, model="far", headers={"traceparent": CALLER, "tracestate": "vendor=1"}).status_code == 200
+    assert {(headers["traceparent"], headers["tracestate"]) for headers in failing[1]} == {(CALLER, "vendor=1")}
