@@ -6,7 +6,8 @@ A committed switch is kept in a plan and taken at its moment by whoever comes fi
 something is pending it looks more often.
 
 A gateway that could not report for a whole lease is not waited for by publishers, so it stops answering by itself:
-Unavailable until it has read the database again.
+Unavailable until it has read the database again. One that is prepared for a switch might miss its moment if its machine
+lets it stand still; so while a switch is pending, a request whose gateway has not looked for `NEWS_S` looks first.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ T = TypeVar("T")
 Compile = Callable[[int, PolicyDocument], T]
 
 _PENDING_POLL_S = 0.02
+# While a switch is pending. A commit names a moment further ahead than this, so whoever has looked so lately knows it.
+NEWS_S = 0.1
 _NEVER = math.inf
 
 
@@ -85,6 +88,7 @@ class PolicyFollower(Generic[T]):
         self._plan: list[_Serving[T]] = []
         self._turn_at = _NEVER  # when the first of the plan is due
         self._fresh_until = -_NEVER  # by the monotonic clock
+        self._looked_at = -_NEVER  # likewise: when the last look that succeeded began
         self._version = -1
         self._prepared = -1
         self._refusal: str | None = None
@@ -114,7 +118,11 @@ class PolicyFollower(Generic[T]):
 
     @property
     def stale(self) -> bool:
-        """Whether `generation_for` would refuse; then `await refresh()` first."""
+        """Whether `generation_for` would refuse, or might miss a switch; then `await refresh()` first."""
+        return self._lapsed or (self._proposed and time.monotonic() > self._looked_at + NEWS_S)
+
+    @property
+    def _lapsed(self) -> bool:
         return time.monotonic() > self._fresh_until
 
     @property
@@ -127,7 +135,7 @@ class PolicyFollower(Generic[T]):
         """The generation that a request of this key begins with, now. Unavailable while the database is unreachable."""
         if time.time() >= self._turn_at:
             self._turn()
-        if time.monotonic() > self._fresh_until:
+        if self._lapsed:
             raise Unavailable("policies cannot be checked at the moment", retry_after_s=1.0)
         now = self._now
         assert now is not None, "start() has returned"
@@ -136,14 +144,16 @@ class PolicyFollower(Generic[T]):
         return now.active
 
     async def refresh(self) -> None:
-        """Look at the database now; Unavailable when that fails."""
+        """Look at the database now; Unavailable when that fails for longer than the lease lasts."""
         if not self.stale:
             return
         try:
-            await self._look(report=True)
+            async with self._looking:
+                if self.stale:  # else another request has looked while this one waited
+                    await self._look_alone(report=self._lapsed)
         except SQLAlchemyError as error:
             logger.error("policies cannot be read: %s", type(error).__name__)
-        if self.stale:
+        if self._lapsed:
             raise Unavailable("policies cannot be checked at the moment", retry_after_s=1.0)
 
     # -------------------------------------------------------------------------------------------------- keeping up
@@ -187,23 +197,27 @@ class PolicyFollower(Generic[T]):
                 await asyncio.sleep(HEARTBEAT_S)
 
     async def _look(self, report: bool) -> bool:
-        """Read what has changed and turn if it is time; True when the own row was written."""
         async with self._looking:
-            beginning = time.monotonic()
-            if await self._database.read(generations.version) != self._version:
-                await self._catch_up()
-            if self._broken:
-                return False  # not heard of any more, it is not waited for either
-            if time.time() >= self._turn_at:
-                self._turn()
-            state = (self._prepared, self._refusal, self._serving)
-            if not report and state == self._reported:
-                return False
-            row = self._row()
-            await self._database.write(lambda connection: generations.report(connection, row))
-            self._reported = state
-            self._fresh_until = beginning + LEASE_S
-            return True
+            return await self._look_alone(report)
+
+    async def _look_alone(self, report: bool) -> bool:
+        """Read what has changed and turn if it is time; True when the own row was written."""
+        beginning = time.monotonic()
+        if await self._database.read(generations.version) != self._version:
+            await self._catch_up()
+        self._looked_at = beginning
+        if self._broken:
+            return False  # not heard of any more, it is not waited for either
+        if time.time() >= self._turn_at:
+            self._turn()
+        state = (self._prepared, self._refusal, self._serving)
+        if not report and state == self._reported:
+            return False
+        row = self._row()
+        await self._database.write(lambda connection: generations.report(connection, row))
+        self._reported = state
+        self._fresh_until = beginning + LEASE_S
+        return True
 
     async def _catch_up(self) -> None:
         """Lay out the plan as far as it is built, and have the rest built."""

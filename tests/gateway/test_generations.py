@@ -272,6 +272,29 @@ async def test_a_predictor_that_loads_longer_than_a_lease_lasts_is_waited_for(sq
             assert numbers(slow) == {1}
 
 
+async def test_a_gateway_that_stood_still_while_a_switch_was_pending_does_not_miss_its_moment(url: str) -> None:
+    """On a busy machine a gateway that was not run for longer than the notice served the old generation after others
+    had turned: for 0.24 s in one of fifty publications."""
+    async with followers(url) as start:
+        follower = await start("a")
+        with PolicyRegister(url) as register, PolicyRegister(url) as other:
+            proposed = asyncio.create_task(publish(register, "aliases: {fast: small}\n"))
+            while not follower._proposed:
+                await asyncio.sleep(0.001)
+            assert follower._poller is not None
+            follower._poller.cancel()  # from here on it looks no more by itself
+            await follower._look(report=True)
+            while other.state().active == 0:
+                await asyncio.sleep(0.005)
+            await asyncio.sleep(policy_register._NOTICE_S + 0.05)
+            if follower.stale:
+                await follower.refresh()
+            assert numbers(follower) == {1}
+            assert not follower.stale
+            register.stop()
+            await proposed
+
+
 async def test_a_canary_serves_a_stable_share_that_grows_without_losing_a_key(url: str) -> None:
     async with followers(url) as start:
         follower = await start("a")
