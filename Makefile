@@ -7,7 +7,7 @@ CONSTRAINTS ?= -c constraints.txt
 EXTRAS ?= test
 MODEL ?= smollm2-135m-instruct
 
-.PHONY: up test install lint format bench-engine bench-gateway bench-batching clean
+.PHONY: up test install lint format bench-engine bench-gateway bench-batching bench-load check-load clean
 
 up: install
 	$(BIN)/signalbox up
@@ -45,6 +45,13 @@ bench-gateway: install
 # Continuous against static batching: make bench-batching TRACE=azure_2023_conv.csv
 bench-batching: install
 	$(BIN)/python -m replicas.engine.bench_batching --model "$$($(BIN)/signalbox models pull $(MODEL))" --trace "$(TRACE)"
+
+# Ceiling of the load generator against a null server, and its definitions against GuideLLM's (makes .peers/guidellm).
+bench-load: install
+	$(BIN)/python -m load.ceiling
+
+check-load: install
+	$(BIN)/python -m load.check_guidellm
 
 clean:
 	rm -rf $(VENV) .peers .mypy_cache .ruff_cache .pytest_cache .hypothesis
