@@ -338,7 +338,11 @@ class Answering:
             job = Job(
                 model=model.name,
                 request=GenerateRequest(
-                    request_id=request_id, prompt_token_ids=ids, sampling=sampling, tenant=asked.key.tenant
+                    request_id=request_id,
+                    prompt_token_ids=ids,
+                    sampling=sampling,
+                    tenant=asked.key.tenant,
+                    fair_key=asked.key.id,
                 ),
                 route=route_request(model.card, asked.key.tenant, request_id, ids, max_tokens),
                 policy=rules.policy,

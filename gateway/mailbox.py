@@ -1,7 +1,7 @@
 """How one process asks all gateways something: through the database that they share anyway.
 
 No address, no port, no credential of its own: whoever may write to the database may ask. A question is a row; every
-gateway looks for new ones all the time and writes its answer beside it. Costs a tenth of a second, so it is for people
+gateway looks for new ones all the time and writes its answer beside it. Costs some tenths of a second, so it is for people
 (explanations, totals), never for requests.
 """
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 Answerer = Callable[[str], Awaitable[Any]]
 
-_LOOK_S = 0.1
+_LOOK_S = 0.2
 _WAIT_S = 0.02
 # A gateway that is alive and busy may take this long; nobody waits for it longer.
 PATIENCE_S = 2.0

@@ -46,6 +46,7 @@ _LAST_ROW = np.uint64(_ROWS - 1)
 _MASK = (1 << 64) - 1
 _MAX_DEPTH = 20
 _SWEPT_PER_UPDATE = 4  # chunks cleaned of departed replicas by every update
+_FEW = 16  # blocks up to which a chain is followed one by one, at about a microsecond each
 _MAX_BACKLOG = 4096  # events kept while a snapshot is on its way
 
 
@@ -97,6 +98,8 @@ class _Table:
 
     def leading(self, hashes: Sequence[bytes]) -> Counts:
         """int64[64]: leading blocks held by the replica of each bit."""
+        if len(hashes) <= _FEW or not self._holder(hashes[0]):
+            return self._leading_one_by_one(hashes)
         holders = self._holders(self.fingerprints(hashes)) & np.uint64(self.live)
         held = np.bitwise_and.accumulate(holders)
         # The accumulated set only shrinks: a few distinct sets, each with the length at which it ends, stand for all.
@@ -107,6 +110,28 @@ class _Table:
         lengths[0] += 1
         counts: Counts = (lengths @ bits.astype(np.float32)).astype(np.int64)  # exact below 2^24 blocks
         return counts
+
+    def _leading_one_by_one(self, hashes: Sequence[bytes]) -> Counts:
+        """The same, block by block until nobody holds the next: for short chains and for those that nobody has begun."""
+        counts = np.zeros(GROUP, np.int64)
+        held = self.live
+        for length, digest in enumerate(hashes):
+            still = held and held & self._holder(digest)
+            _end(counts, held & ~still, length)
+            held = still
+            if not held:
+                return counts
+        _end(counts, held, len(hashes))
+        return counts
+
+    def _holder(self, digest: bytes) -> int:
+        """The living replicas that hold one block."""
+        print_ = self.fingerprint(digest)
+        for place in self._places(print_):
+            row = self._print[place : place + _SLOTS].tolist()
+            if print_ in row:
+                return int(self._set[place + row.index(print_)]) & self.live
+        return 0
 
     def _holders(self, prints: _U64) -> _U64:
         base = self._directory.take(prints >> np.uint64(64 - self._global_depth)) * _ROWS
@@ -220,6 +245,14 @@ class _Table:
             self._sweep_next += 1
         if self._sweep_next >= len(self._depths):
             self._retired = 0
+
+
+def _end(counts: Counts, replicas: int, length: int) -> None:
+    """The chains of these replicas, the bits of a set, are so long."""
+    while replicas:
+        lowest = replicas & -replicas
+        counts[lowest.bit_length() - 1] = length
+        replicas ^= lowest
 
 
 @dataclass(slots=True)

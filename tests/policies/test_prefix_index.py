@@ -263,3 +263,15 @@ def test_a_snapshot_of_a_replica_that_left_meanwhile_ends() -> None:
     index.drop("r")
     assert list(slices) == []
     assert index.leading(prompt, ("r",)).tolist() == [0]
+
+
+def test_short_and_long_chains_are_answered_alike() -> None:
+    """Short ones are followed block by block, long ones at once."""
+    index, prompt = PrefixIndex(), chain(*range(1, 60))
+    held = {"a": 3, "b": 16, "c": 17, "d": 59, "e": 0}
+    for name, count in held.items():
+        index.apply(name, "x", 1, [stored(*prompt[:count]), *([stored(prompt[30])] if name == "a" else [])])
+    names = tuple(held)
+    for length in (1, 2, 15, 16, 17, 18, 40, 59):
+        assert index.leading(prompt[:length], names).tolist() == [min(count, length) for count in held.values()]
+    assert index.leading(chain(*range(100, 160)), names).tolist() == [0] * 5
