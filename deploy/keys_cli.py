@@ -13,6 +13,7 @@ from gateway.keys import ApiKey, KeyRegister, load_secret
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
+
 def _register(database: str) -> KeyRegister:
     return KeyRegister(database_url(database), load_secret(paths.state_dir()))
 

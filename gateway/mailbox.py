@@ -1,8 +1,8 @@
 """How one process asks all gateways something: through the database that they share anyway.
 
 No address, no port, no credential of its own: whoever may write to the database may ask. A question is a row; every
-gateway looks for new ones all the time and writes its answer beside it. Costs some tenths of a second, so it is for people
-(explanations, totals), never for requests.
+gateway looks for new ones all the time and writes its answer beside it. Costs some tenths of a second, so it is for
+people (explanations, totals), never for requests.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ class _Table:
         return counts
 
     def _leading_one_by_one(self, hashes: Sequence[bytes]) -> Counts:
-        """The same, block by block until nobody holds the next: for short chains and for those that nobody has begun."""
+        """The same, block by block until nobody holds the next: for short chains, and those that nobody holds."""
         counts = np.zeros(GROUP, np.int64)
         held = self.live
         for length, digest in enumerate(hashes):
