@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Mapping
 
 import numpy as np
@@ -36,11 +37,11 @@ def decide(
     best = int(ties[0] if len(ties) == 1 else rng.choice(ties.tolist()))
     columns = {**terms, "score": allowed}
     if allowed.max() < np.inf:
-        candidates, kept = view.replica_ids, {name: tuple(column.tolist()) for name, column in columns.items()}
+        candidates, kept = view.replica_ids, {name: _packed(column) for name, column in columns.items()}
     else:
         open_to = np.flatnonzero(np.isfinite(allowed))
         candidates = tuple(view.replica_ids[number] for number in open_to)
-        kept = {name: tuple(column[open_to].tolist()) for name, column in columns.items()}
+        kept = {name: _packed(column[open_to]) for name, column in columns.items()}
     held = 0 if cached is None else int(cached[best])
     return RouteDecision(
         policy=policy,
@@ -52,3 +53,8 @@ def decide(
         new_blocks=request.num_blocks - held // request.block_size,
         predicted_ms=None if predicted_ms is None else float(predicted_ms[best]),
     )
+
+
+def _packed(column: Column) -> array[float]:
+    """A copy as eight bytes a number: a list of floats would take four times as long to make, and to keep."""
+    return array("d", column.tobytes())

@@ -363,7 +363,7 @@ class RouteDecision:
     policy: str
     replica_id: str
     candidates: tuple[str, ...]
-    terms: Mapping[str, tuple[float, ...]]
+    terms: Mapping[str, Sequence[float]]
     generation: int = 0
     uncached_tokens: int = 0
     new_blocks: int = 0
