@@ -32,7 +32,18 @@ from gateway.telemetry import Laps
 from gateway.upstreams import UpstreamModel
 from policies.budget import Subject, downgrade
 from policies.rightsize.cascade import Cascade, confidence
-from replicas.protocol import Chunk, EngineFault, GenerateRequest, InvalidRequest, RequestError, Unavailable, Usage
+from replicas.protocol import (
+    BudgetExceeded,
+    Chunk,
+    ContextLengthExceeded,
+    EngineFault,
+    GenerateRequest,
+    InvalidRequest,
+    RateLimited,
+    RequestError,
+    Unavailable,
+    Usage,
+)
 from replicas.upstream_messages import UpstreamRequest
 
 if TYPE_CHECKING:
@@ -131,21 +142,43 @@ class Answering:
         Raises what the last one raised when none does.
         """
         selection = await self._downgraded(asked, await self._select(asked, safety_scale))
-        models = selection.models
-        if selection.cascade is not None:
-            kept = await self._provisional(asked, selection, stack)
-            if kept is not None:
-                return kept
-            models = models[1:]
+        if selection.cascade is None:
+            return await self._first(asked, selection, selection.models, stack)
+        unsure: list[Chunk] = []
+        kept = await self._provisional(asked, selection, stack, unsure)
+        if kept is not None:
+            return kept
+        try:
+            opened = await self._first(asked, selection, selection.models[1:], stack, patient=not unsure)
+        except (Unavailable, BudgetExceeded, RateLimited, ContextLengthExceeded):
+            if not unsure:
+                raise
+            # an answer that the small model was not sure of, and that is paid for, is better than none
+            return await self._replay(asked, selection, unsure, stack)
+        tried = next(step for step in asked.record.steps if step.role == "cascade")
+        if tried.usage is not None:
+            self._metrics.models[tried.model].settled(tried.usage)
+        return opened
+
+    async def _first(
+        self, asked: Asked, selection: Selection, models: Sequence[str], stack: AsyncExitStack, *, patient: bool = True
+    ) -> Opened:
+        """The first of the models that begins to answer. A stand-in that the request does not fit is passed over."""
+        absent: Unavailable | None = None
         for number, name in enumerate(models):
             role = "answer" if number == 0 else "fallback"
             last = number == len(models) - 1
             try:
-                return await self._open(asked, selection, name, role, self._retries(last), stack)
-            except Unavailable:
+                return await self._open(asked, selection, name, role, self._retries(last and patient), stack)
+            except Unavailable as error:
+                absent = error
                 if last:
                     raise
-        raise AssertionError("a selection names at least one model")
+            except ContextLengthExceeded:
+                if absent is None:
+                    raise
+        assert absent is not None, "a selection names at least one model"
+        raise absent
 
     async def whole(self, asked: Asked, name: str, role: str) -> tuple[Step, list[Any]]:
         """Everything that a model answers, for somebody other than the caller."""
@@ -176,9 +209,11 @@ class Answering:
         if able is not None and not any(model.name in able for model in target.models):
             assert asked.unsupported is not None, "there is no other reason for a choice"
             raise asked.unsupported
+        counts = await self._prompt_tokens(asked, target)
         size = Size(
             text=asked.request.subject,
-            prompt_tokens=await self._prompt_tokens(asked, target),
+            prompt_tokens=sum(counts),
+            longest_prompt=max(counts),
             max_tokens=asked.request.token_limit,
         )
         selection = select_from(target, asked.rules, self._fleet, size, safety_scale(target), able)
@@ -199,7 +234,7 @@ class Answering:
         asked.record.downgraded_from = first
         return replace(selection, models=(to, *(name for name in selection.models if name != to)), cascade=None)
 
-    async def _prompt_tokens(self, asked: Asked, group: ModelGroup) -> int:
+    async def _prompt_tokens(self, asked: Asked, group: ModelGroup) -> list[int]:
         """As the first candidate that is ready counts them; its encodings are kept, so long ones are not made twice."""
         names = [model.name for model in group.models]
         name = next((name for name in names if self._fleet.ready(name)), names[0])
@@ -207,9 +242,9 @@ class Answering:
         if asked.unsupported is not None:
             name = next(name for name in names if name in upstreams)
         if name in upstreams:
-            return upstreams[name].prompt_tokens(self._passed(asked).body)
+            return [upstreams[name].prompt_tokens(self._passed(asked).body)]
         model = await self._fleet.model(self._fleet.served(name), self._config.retries.wait_s)
-        return sum(map(len, await asked.kind.encode(asked.request, model, asked.key.tenant)))
+        return list(map(len, await asked.kind.encode(asked.request, model, asked.key.tenant)))
 
     # ------------------------------------------------------------------------------------------------- running it
 
@@ -281,12 +316,12 @@ class Answering:
         """A shadow is run for our own sake: it is on the books, but on no key's account."""
         key, rules = asked.key, asked.rules
         subject = Subject(key=SHADOW_KEY if role == "shadow" else key.name, team=key.tenant, model=model)
-        limits = rules.limits.applying(subject)
+        limits = () if role == "shadow" else rules.limits.applying(subject)
         return Bill(
             ledger=self._ledger,
             subject=subject,
             price=rules.prices[model],
-            accounts=rules.budgets.accounts(subject),
+            accounts=() if role == "shadow" else rules.budgets.accounts(subject),
             limits=limits,
             claimant=claimant(key.id, asked.body) if limits else b"",
             fresh=asked.first_try,
@@ -358,8 +393,10 @@ class Answering:
 
     # --------------------------------------------------------------------------------------------------- cascade
 
-    async def _provisional(self, asked: Asked, selection: Selection, stack: AsyncExitStack) -> Opened | None:
-        """The small model's whole answer if it is sure enough of it, else None: the strong model's turn."""
+    async def _provisional(
+        self, asked: Asked, selection: Selection, stack: AsyncExitStack, unsure: list[Chunk]
+    ) -> Opened | None:
+        """The small model's whole answer if it is sure enough of it; else None, and the answer goes into `unsure`."""
         cascade = selection.cascade
         assert cascade is not None, "asked for only where there is one"
         try:
@@ -367,10 +404,14 @@ class Answering:
         except Unavailable:
             return None
         if self._escalates(cascade, step, chunks):
-            if step.usage is not None:
-                self._metrics.models[cascade.small].settled(step.usage)
+            unsure += chunks
             return None
-        model = await self._fleet.model(self._fleet.served(cascade.small), 0.0)
+        return await self._replay(asked, selection, chunks, stack)
+
+    async def _replay(self, asked: Asked, selection: Selection, chunks: list[Chunk], stack: AsyncExitStack) -> Opened:
+        """The small model's answer, which is whole, as the answer."""
+        step = next(step for step in asked.record.steps if step.role == "cascade")
+        model = await self._fleet.model(self._fleet.served(step.model), 0.0)
         stream = _replayed(chunks)
         await stack.enter_async_context(aclosing(stream))
         return self._opened(asked, selection, model, step, await anext(stream), stream)

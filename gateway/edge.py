@@ -108,6 +108,8 @@ class Edge:
             await self._refuse(exchange, INTERNAL)
         finally:
             self._ended(scope, exchange)
+            if exchange.record is not None:
+                exchange.record.release()
             if token is not None:
                 logs.current.reset(token)
 

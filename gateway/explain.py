@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gateway.jobs import Attempt, Job
+from gateway.responses import total
 from policies.budget import Price, usd
 from policies.rightsize.choose import ModelChoice
 from replicas.protocol import RequestError, Usage
@@ -28,7 +29,8 @@ class UnknownRequest(RequestError):
 class Step:
     """One model that worked on the request. role: "answer", "fallback", "cascade" (a first try) or "shadow".
 
-    ttft_s: from the request's arrival to this model's first chunk.
+    ttft_s: from the request's arrival to this model's first chunk. jobs hold prompts, so they go with `release`; what
+    they came to is kept.
     """
 
     role: str
@@ -42,15 +44,32 @@ class Step:
     escalated: bool | None = None
     agreement: float | None = None
     error: str | None = None
+    _attempts: list[Attempt] = field(default_factory=list)
+    _used: list[Usage] = field(default_factory=list)
 
     @property
     def attempts(self) -> list[Attempt]:
-        return [attempt for job in self.jobs for attempt in job.attempts]
+        return [*self._attempts, *(attempt for job in self.jobs for attempt in job.attempts)]
+
+    @property
+    def used(self) -> Usage | None:
+        """What was answered or, of an answer that was cut short, what is known to have been made of it."""
+        if self.usage is not None:
+            return self.usage
+        used = [*self._used, *(job.used for job in self.jobs if job.used is not None)]
+        return total(used) if used else None
 
     @property
     def cost(self) -> int:
         """Pico-dollars of what was produced, as far as it is known."""
-        return self.price.cost(self.usage) if self.usage else 0
+        used = self.used
+        return self.price.cost(used) if used and (used.prompt_tokens or used.completion_tokens) else 0
+
+    def release(self) -> None:
+        """Nothing runs any more: forget prompts and bodies."""
+        self._attempts = self.attempts
+        self._used += [job.used for job in self.jobs if job.used is not None]
+        self.jobs = ()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -74,6 +93,12 @@ class Record:
     ended_s: float | None = None
     status: int = 0
     error: str | None = None
+
+    def release(self) -> None:
+        """The caller has been answered: forget prompts and bodies."""
+        for step in self.steps:
+            if step.role != "shadow":
+                step.release()
 
     @property
     def weight(self) -> int:
@@ -100,7 +125,8 @@ class Record:
             "model_choice": _shown_choice(self.group, self.choice),
             "downgraded_from": self.downgraded_from,
             "steps": [_shown_step(step) for step in self.steps],
-            "cost_usd": float(usd(sum(step.cost for step in self.steps))),
+            "cost_usd": float(usd(sum(step.cost for step in self.steps if step.role != "shadow"))),
+            "shadow_cost_usd": float(usd(sum(step.cost for step in self.steps if step.role == "shadow"))),
             "status": self.status or None,
             "error": self.error,
             "duration_s": self.ended_s,
@@ -131,7 +157,7 @@ def _shown_choice(group: str | None, choice: ModelChoice | None) -> dict[str, An
 
 
 def _shown_step(step: Step) -> dict[str, Any]:
-    usage = step.usage
+    usage = step.used
     attempts = step.attempts
     predicted = [a.decision.predicted_ms for a in attempts if a.error is None and a.decision.predicted_ms is not None]
     return {
@@ -192,6 +218,8 @@ class RecordBook:
         known = self._records.get(record.request_id)
         if known is not None and known[0] is record:
             self._bytes -= known[1]
+        elif record.ended_s is not None:
+            return  # dropped meanwhile, or its id was used again: the newer request has it
         else:
             self._drop(record.request_id)
         weight = record.weight

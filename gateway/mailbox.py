@@ -80,6 +80,8 @@ class Mailbox:
                 await self._answer_new()
             except SQLAlchemyError as error:
                 logger.error("the mailbox cannot be read: %s", type(error).__name__)
+            except Exception:
+                logger.exception("a question could not be answered")
 
     async def _answer_new(self) -> None:
         if await self._database.read(_newest) <= self._seen:

@@ -27,11 +27,18 @@ class Selection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """What a choice of model may know of a request. prompt_tokens: as the first candidate counts them."""
+    """What a choice of model may know of a request. prompt_tokens: of all prompts together, as the first
+    candidate counts them; longest_prompt: of the longest of several, which must fit into a context.
+    """
 
     text: str
     prompt_tokens: int
     max_tokens: int | None
+    longest_prompt: int = 0
+
+    @property
+    def longest(self) -> int:
+        return self.longest_prompt or self.prompt_tokens
 
 
 def select_model(served: ServedModel, rules: Rules) -> Selection:
@@ -68,8 +75,8 @@ def select_from(
     else:
         order = [model.name for model in usable]
     cascade = group.cascade
-    if cascade is not None and able is not None:
-        cascade = None
+    if cascade is not None and not {cascade.small, cascade.strong} <= {model.name for model in usable}:
+        cascade = None  # one of the two cannot answer this request now
     if cascade is not None and group.trade is None:
         order = [cascade.small, *(name for name in order if name != cascade.small)]
     if cascade is not None and order[0] == cascade.small:
@@ -82,7 +89,7 @@ def select_from(
 
 def _fits(fleet: Fleet, model: PricedModel, size: Size) -> bool:
     card = fleet.card(model.name)
-    return card is None or not card.max_model_len or size.prompt_tokens + (size.max_tokens or 1) <= card.max_model_len
+    return card is None or not card.max_model_len or size.longest + (size.max_tokens or 1) <= card.max_model_len
 
 
 def _next_best(choice: ModelChoice) -> Sequence[str]:

@@ -2,7 +2,7 @@
 
 What comes of it is a number per group (`safety_scale`) that moves the group's trade towards quality when the promise is
 being broken; policies.rightsize.guarantee has the arithmetic. Each gateway keeps its own account, for as long as the
-promise stays the same, and its own share of the budget: USD per UTC day.
+promise stays the same, and spends at most `usd_per_day` itself (UTC days).
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import logging
 import random
 import time
 from collections import deque
-from contextlib import suppress
 from contextvars import Context
+from dataclasses import replace
 
 from gateway.answering import Answering, Asked, Opened
 from gateway.metrics import Metrics
@@ -35,7 +35,8 @@ class Shadows:
         self._metrics = metrics
         self._rng = rng or random.Random()
         self._guards: dict[tuple[str, Promise], tuple[int, Guard]] = {}
-        self._waiting: deque[tuple[Asked, ModelGroup, Promise, str]] = deque()
+        self._waiting: deque[tuple[Asked, ModelGroup, Promise, str, float]] = deque()
+        self._pending: dict[tuple[str, Promise], float] = {}
         self._workers: set[asyncio.Task[None]] = set()
 
     async def aclose(self) -> None:
@@ -69,8 +70,12 @@ class Shadows:
         promise = group.promise
         choice = opened.selection.choice
         expected = next((one.cost for one in choice.candidates if one.model == promise.strong), 0.0) if choice else 0.0
-        if shadows(self.guard(group), promise, chosen=opened.model.name, strong_cost=expected, rng=self._rng):
-            self._waiting.append((asked, group, promise, text))
+        # what waits and runs counts as spent already
+        pending = self._pending.get((group.name, promise), 0.0)
+        guard = replace(self.guard(group), spent=self.guard(group).spent + pending)
+        if shadows(guard, promise, chosen=opened.model.name, strong_cost=expected, rng=self._rng):
+            self._pending[group.name, promise] = pending + expected
+            self._waiting.append((asked, group, promise, text, expected))
             if len(self._workers) < _AT_ONCE:
                 worker = asyncio.create_task(self._work(), name="shadow", context=Context())  # of no one request
                 self._workers.add(worker)
@@ -78,12 +83,22 @@ class Shadows:
 
     async def _work(self) -> None:
         while self._waiting:
-            asked, group, promise, text = self._waiting.popleft()
-            with suppress(SignalboxError):  # a strong model that cannot answer now says nothing about agreement
+            asked, group, promise, text, expected = self._waiting.popleft()
+            try:
                 await self._compare(asked, group, promise, text)
+            except SignalboxError:
+                pass  # a strong model that cannot answer now says nothing about agreement
+            except Exception:
+                logger.exception("a shadow failed")
+            finally:
+                self._pending[group.name, promise] -= expected
+                for step in asked.record.steps:
+                    if step.role == "shadow":
+                        step.release()
 
     async def _compare(self, asked: Asked, group: ModelGroup, promise: Promise, text: str) -> None:
         step, chunks = await self._answering.whole(asked, promise.strong, "shadow")
+        step.release()
         if step.usage is not None:
             self._metrics.models[promise.strong].settled(step.usage)
         step.agreement = agreement(text, "".join(chunk.text for chunk in chunks if chunk.index == 0))

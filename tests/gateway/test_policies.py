@@ -13,6 +13,8 @@ import httpx
 import pytest
 
 from gateway.config import Retries, ServedModel
+from gateway.db.database import open_engine, reading
+from gateway.ledger import usage
 from replicas.fake import FakeSettings
 from tests.gateway.conftest import Gateway, StartGateway, make_key, running
 
@@ -245,3 +247,74 @@ def test_a_refused_request_is_explained_too(pair: Callable[..., Gateway]) -> Non
     (told,) = gateway.explain(refused.headers["x-request-id"], gateway.admin_token())
     assert told["status"] == 400
     assert told["error"] == refused.json()["error"]["message"]
+
+
+def test_a_cascade_whose_strong_model_may_not_answer_gives_the_small_ones_answer(
+    pair: Callable[..., Gateway],
+) -> None:
+    gateway = pair(small=FakeSettings(logprob=-0.5))
+    publish(gateway, CASCADE % -0.1 + "\nbudgets: [{model: large, tokens: 1, window: day}]")
+    answer, request_id = ask(gateway)
+    assert answer["model"] == "small"
+    (told,) = gateway.explain(request_id, gateway.admin_token())
+    assert told["steps"][0]["escalated"] is True
+
+
+def test_a_prompt_too_long_for_the_small_model_goes_to_the_strong_one_at_once(pair: Callable[..., Gateway]) -> None:
+    gateway = pair(small=FakeSettings(logprob=-0.5, max_model_len=64))
+    publish(gateway, CASCADE % -0.9)
+    answer, _ = ask(gateway, messages=[{"role": "user", "content": "Hello " * 30}])
+    assert answer["model"] == "large"
+
+
+def test_a_fallback_that_the_prompt_does_not_fit_does_not_turn_503_into_400(pair: Callable[..., Gateway]) -> None:
+    gateway = pair(absent="large", small=FakeSettings(max_model_len=64), retries=Retries(wait_s=0.2))
+    publish(gateway, "fallbacks: {large: [small]}")
+    with gateway.http() as http:
+        body = {"model": "large", "messages": [{"role": "user", "content": "Hello " * 30}], "max_tokens": 4}
+        assert http.post("/v1/chat/completions", json=body).status_code == 503
+
+
+def test_records_hold_no_prompt_once_the_caller_is_answered(pair: Callable[..., Gateway]) -> None:
+    gateway = pair()
+    _, request_id = ask(gateway, "small")
+    record = gateway.app.state.gateway.running.services.book.get(request_id)
+    gateway.wait_until(lambda: not record.steps[0].jobs)
+    assert record.steps[0].attempts
+    assert record.shown()["steps"][0]["usage"]["completion_tokens"] == 8
+
+
+def test_what_was_made_before_a_client_left_is_explained(pair: Callable[..., Gateway]) -> None:
+    gateway = pair(small=FakeSettings(tokens_per_s=100))
+    with gateway.http() as http:
+        body = {"model": "small", **CHAT, "max_tokens": 2000, "stream": True}
+        with http.stream("POST", "/v1/chat/completions", json=body, headers={"x-request-id": "left-1"}) as answer:
+            lines = answer.iter_lines()
+            for _ in range(12):
+                next(lines)
+    token = gateway.admin_token()
+    gateway.wait_until(lambda: gateway.explain("left-1", token)[0]["status"] == 499)
+    (told,) = gateway.explain("left-1", token)
+    assert told["steps"][0]["usage"]["completion_tokens"] > 3
+    assert told["cost_usd"] > 0
+
+
+def test_shadows_are_on_no_callers_account(pair: Callable[..., Gateway]) -> None:
+    gateway = pair()
+    promise = "guarantee: {strong: large, share: 1.0, usd_per_day: 1000}"
+    publish(
+        gateway,
+        f"groups: {{auto: {{models: [small, large], right_size: {{cost_weight: 1000000}}, {promise}}}}}\n"
+        "budgets: [{team: '*', tokens: 100000, window: day}, {key: '*', tokens: 100000, window: day}]",
+    )
+    answer, request_id = ask(gateway)
+    token = gateway.admin_token()
+    gateway.wait_until(lambda: len(gateway.explain(request_id, token)[0]["steps"]) == 2)
+    gateway.wait_until(lambda: gateway.explain(request_id, token)[0]["shadow_cost_usd"] > 0)
+    engine = open_engine(gateway.config.database_url)
+    try:
+        with reading(engine).begin() as connection:
+            spent = {one.spent_tokens for one in usage.standings(connection, time.time())}
+    finally:
+        engine.dispose()
+    assert spent == {answer["usage"]["total_tokens"]}
