@@ -24,6 +24,8 @@ A wrong "held" needs an absent block whose fingerprint equals a stored one's: n 
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -65,7 +67,7 @@ class _Table:
         # Reserved as a whole but committed by the operating system page by page, as chunks are first used.
         self._max_chunks = max_chunks
         size = max_chunks * _CHUNK_SLOTS
-        raw = np.zeros(2 * size + _SLOTS, np.uint64)
+        raw = _blank(2 * size + _SLOTS)
         skip = (-raw.ctypes.data % 64) // 8  # rows begin on a cache line
         self._prints: _U64 = raw[skip : skip + size].reshape(-1, _SLOTS)
         self._sets: _U64 = raw[skip + size : skip + 2 * size].reshape(-1, _SLOTS)
@@ -245,6 +247,18 @@ class _Table:
             self._sweep_next += 1
         if self._sweep_next >= len(self._depths):
             self._retired = 0
+
+
+def _blank(words: int) -> _U64:
+    """Zeros that the operating system commits when they are first written, in large pages where it has them.
+
+    A look-up reads hundreds of rows at random; with pages of 4 KiB nearly each of them would miss the TLB too.
+    """
+    memory = mmap.mmap(-1, 8 * words)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint64)
 
 
 def _end(counts: Counts, replicas: int, length: int) -> None:
