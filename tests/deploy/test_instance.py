@@ -201,6 +201,8 @@ def test_ctrl_c_finishes_what_runs_and_stops_everything_that_up_started(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     home = make_home(tmp_path_factory)
+    # a shell that runs the tests in the background ignores SIGINT, and so would all its children
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(
         home.command("up", home.fleet, "--port", str(home.port)), env=home.env, stdout=subprocess.PIPE, text=True
     ) as up:
