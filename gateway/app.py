@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from fastapi.responses import JSONResponse
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway import admin_requests, logs, openapi
 from gateway.admin import Admin, create_router
@@ -170,15 +171,33 @@ class _Endpoint:
     def __init__(self, gateway: _Gateway, kind: Kind, path: str) -> None:
         self._gateway = gateway
         self._kind = kind
-        self._path = path
+        self.path = path
 
     @property
     def route(self) -> Route:
-        return Route(self._path, self, methods=["POST"])
+        return Route(self.path, self, methods=["POST"])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope[EXCHANGE].route = self._path
+        scope[EXCHANGE].route = self.path
         await self._gateway.running.endpoints[self._kind.id_prefix](scope, receive, send)
+
+
+class _App(FastAPI):
+    """A FastAPI application whose loaded endpoints do not pass through its middlewares and its router.
+
+    Between the server and Edge those are six layers, each of which also wraps every event that is sent. `direct`: by
+    path, what answers POST.
+    """
+
+    direct: Mapping[str, ASGIApp] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST" and not scope.get("root_path"):
+            direct = self.direct.get(scope["path"])
+            if direct is not None:
+                await direct(scope, receive, send)
+                return
+        await super().__call__(scope, receive, send)
 
 
 def create_app(config: GatewayConfig, directory: Directory, *, connect: Connect | None = None) -> FastAPI:
@@ -186,7 +205,7 @@ def create_app(config: GatewayConfig, directory: Directory, *, connect: Connect 
     whatever still runs. `connect` replaces how replicas are reached, for tests.
     """
     gateway = _Gateway(config, directory, connect)
-    app = FastAPI(
+    app = _App(
         title="Signalbox",
         version=version("signalbox"),
         lifespan=gateway.lifespan,
@@ -196,18 +215,18 @@ def create_app(config: GatewayConfig, directory: Directory, *, connect: Connect 
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.gateway = gateway
-    app.add_middleware(
+    edge = partial(
         Edge,
         metrics=gateway.metrics,
         server_sends_request_id=config.server_sends_request_id,
         logged=logs.wanted(os.environ),
     )
+    app.add_middleware(edge)
     app.add_exception_handler(HTTPException, _routing_error)
-    # first, because routes are tried in order and these two carry the load
-    app.router.routes[:0] = [
-        _Endpoint(gateway, CHAT, "/v1/chat/completions").route,
-        _Endpoint(gateway, COMPLETION, "/v1/completions").route,
-    ]
+    loaded = [_Endpoint(gateway, CHAT, "/v1/chat/completions"), _Endpoint(gateway, COMPLETION, "/v1/completions")]
+    app.direct = {endpoint.path: edge(endpoint) for endpoint in loaded}
+    # For what else may be asked of these paths: another method, or behind a prefix.
+    app.router.routes[:0] = [endpoint.route for endpoint in loaded]
     _add_plain_routes(app, gateway)
     app.include_router(create_router(lambda: gateway.running.admin))
     app.include_router(

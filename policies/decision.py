@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -42,16 +42,39 @@ def decide(
         open_to = np.flatnonzero(np.isfinite(allowed))
         candidates = tuple(view.replica_ids[number] for number in open_to)
         kept = {name: _packed(column[open_to]) for name, column in columns.items()}
-    held = 0 if cached is None else int(cached[best])
+    return settle(
+        policy,
+        request,
+        view,
+        best,
+        candidates=candidates,
+        terms=kept,
+        held=0 if cached is None else int(cached[best]),
+        predicted_ms=None if predicted_ms is None else float(predicted_ms[best]),
+    )
+
+
+def settle(
+    policy: str,
+    request: RouteRequest,
+    view: FleetView,
+    best: int,
+    *,
+    candidates: tuple[str, ...],
+    terms: Mapping[str, Sequence[float]],
+    held: int,
+    predicted_ms: float | None,
+) -> RouteDecision:
+    """For the replica that is number `best` of the view and holds that many of the prompt's tokens."""
     return RouteDecision(
         policy=policy,
         replica_id=view.replica_ids[best],
         candidates=candidates,
-        terms=kept,
+        terms=terms,
         generation=view.generation,
         uncached_tokens=request.prompt_tokens - held,
         new_blocks=request.num_blocks - held // request.block_size,
-        predicted_ms=None if predicted_ms is None else float(predicted_ms[best]),
+        predicted_ms=predicted_ms,
     )
 
 

@@ -39,9 +39,10 @@ _REPORTED = (
     "block_release_rate",
 )
 _COLUMNS = (*_REPORTED, "sent_requests", "sent_tokens", "sent_blocks", "in_flight")
-_NUMBER = {name: number for number, name in enumerate(_COLUMNS)}
-_SENT = _NUMBER["sent_requests"]
-_IN_FLIGHT = _NUMBER["in_flight"]
+# The column of each number.
+NUMBER = {name: number for number, name in enumerate(_COLUMNS)}
+_SENT = NUMBER["sent_requests"]
+_IN_FLIGHT = NUMBER["in_flight"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +78,7 @@ class FleetView:
     generation: int = 0
 
     def column(self, name: str) -> Column:
-        return cast(Column, self.columns[_NUMBER[name]])
+        return cast(Column, self.columns[NUMBER[name]])
 
     @property
     def requests(self) -> Column:

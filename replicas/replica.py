@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import sys
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 HEALTH_PERIOD_S = 1.0
 HEALTH_TIMEOUT_S = 20.0
+_SWITCH_S = 0.0005
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +84,8 @@ class Replica:
 
     def __init__(self, spec: ReplicaSpec, resolve: Callable[[str], str], prepare: Callable[[], object]) -> None:
         """In the replica's process: `prepare` is called first, `resolve` turns the spec's source into a local path."""
+        # Ray's own threads in this process must not keep a token waiting for the interpreter's usual five milliseconds.
+        sys.setswitchinterval(_SWITCH_S)
         prepare()
         if spec.source:
             spec = replace(spec, source=resolve(spec.source))

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from policies import affinity as module
 from policies.affinity import affinity
 from policies.fleet_view import FleetLoads, RouteRequest
 from policies.peers import POLICIES
@@ -141,3 +142,40 @@ def test_the_same_seed_gives_the_same_choices() -> None:
 
     assert draw() == draw()
     assert set(draw()) == {"a", "b", "c"}
+
+
+_STATS = st.fixed_dictionaries(
+    {
+        "num_requests_running": st.integers(0, 300),
+        "num_requests_waiting": st.integers(0, 300),
+        "queued_tokens": st.integers(0, 10**6),
+        "kv_blocks_free": st.integers(0, 1000),
+        "prefill_rate": st.just(0.0) | st.floats(1.0, 1e6),
+        "decode_step_s": st.floats(0.0, 1.0),
+        "block_release_rate": st.just(0.0) | st.floats(0.1, 1e5),
+    }
+)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(_STATS, st.integers(0, 5), st.booleans()), min_size=1, max_size=4), st.integers(0, 2**32))
+def test_few_replicas_are_scored_one_by_one_to_the_same_decision(
+    replicas: list[tuple[dict[str, float], int, bool]], seed: int
+) -> None:
+    loads = fleet(*(f"r{n}" for n in range(len(replicas))))
+    for number, (stats, held, draining) in enumerate(replicas):
+        loads.report(status(f"r{number}", draining=draining, **stats))
+        hold(loads, f"r{number}", chain(*range(held)))
+    prompt, view = request(*range(5)), loads.view()
+    if all(draining for _, _, draining in replicas):
+        for way in (module._one_by_one, module._all_at_once):
+            with pytest.raises(NoReplica):
+                way(prompt, view, random.Random(seed))
+        return
+    one, all_ = (way(prompt, view, random.Random(seed)) for way in (module._one_by_one, module._all_at_once))
+    assert (one.replica_id, one.candidates) == (all_.replica_id, all_.candidates)
+    assert (one.uncached_tokens, one.new_blocks) == (all_.uncached_tokens, all_.new_blocks)
+    assert one.predicted_ms == pytest.approx(all_.predicted_ms)
+    assert {name: pytest.approx(tuple(each)) for name, each in one.terms.items()} == {
+        name: tuple(each) for name, each in all_.terms.items()
+    }
