@@ -5,12 +5,12 @@ Layout of one layer's cache, the same for all backends (FlashAttention's paged l
     keys, values: [num_blocks, block_size, num_kv_heads, head_dim]
     slot = block * block_size + offset   addresses one token's row of either
 
-The inside of a block is contiguous; from one block to the next it may be any distance (`stride(0)`).
+The inside of a block is contiguous; from one block to the next it may be any distance (`stride(0)`). Formats that keep
+8 bits bring a scale for each row and KV head (`kv_format.py`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -19,14 +19,8 @@ from torch import Tensor
 from replicas.engine import native
 from replicas.engine.backend import NOT_BUILT_YET, native_obstacle, pick
 from replicas.engine.batch import StepBatch
-
-
-@dataclass(frozen=True, slots=True)
-class LayerCache:
-    """One layer's keys and values, each [num_blocks, block_size, num_kv_heads, head_dim]."""
-
-    keys: Tensor
-    values: Tensor
+from replicas.engine.kv_format import KVFormat
+from replicas.engine.kv_format import LayerCache as LayerCache
 
 
 class Attention(Protocol):
@@ -67,17 +61,14 @@ class TorchAttention:
         scale: float,
         window: int | None,
     ) -> Tensor:
+        cache.write(batch.slot_mapping, k, v)
         block_size = cache.keys.shape[1]
-        where = batch.slot_mapping // block_size, batch.slot_mapping % block_size
-        cache.keys[where] = k.to(cache.keys.dtype)
-        cache.values[where] = v.to(cache.values.dtype)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         starts, lens = batch.query_start.tolist(), batch.context_lens.tolist()
         for i, length in enumerate(lens):
             begin, end = starts[i], starts[i + 1]
             blocks = batch.block_tables[i, : -(-length // block_size)].long()
-            seq_k = cache.keys[blocks].flatten(0, 1)[:length].to(q.dtype)
-            seq_v = cache.values[blocks].flatten(0, 1)[:length].to(q.dtype)
+            seq_k, seq_v = cache.read(blocks, length, q.dtype)
             rows = torch.arange(length - (end - begin), length, device=q.device).unsqueeze(1)
             cols = torch.arange(length, device=q.device).unsqueeze(0)
             mask = cols <= rows
@@ -94,15 +85,18 @@ class TorchAttention:
         return out
 
 
-def choose_attention(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Attention:
+def choose_attention(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, kv: KVFormat | None = None
+) -> Attention:
     """`name`: "auto", "native", "torch", "triton" or "flash_attn"; ConfigError if it cannot be had here.
 
-    `.name` of the result says which it is. `head_dim` may be anything for the backends there are now.
+    `.name` of the result says which it is. `head_dim` may be anything for the backends there are now. `kv`: how keys
+    and values are kept, None for `dtype`.
     """
     obstacles = {
         "flash_attn": NOT_BUILT_YET,
         "triton": NOT_BUILT_YET,
-        "native": native_obstacle(device, dtype),
+        "native": NOT_BUILT_YET if kv is not None and kv.scaled else native_obstacle(device, dtype),
         "torch": "",
     }
     if pick("attention", name, obstacles) == "native":

@@ -14,6 +14,8 @@ class EngineConfig:
     model: folder with config.json + *.safetensors, a *.gguf file, or a folder holding exactly one *.gguf file.
     device: "auto", "cpu", "cuda" or "cuda:N".
     dtype: of weights, activations and KV cache; "auto" is float32 on CPU, bfloat16 on CUDA.
+    kv_cache_dtype: "auto" keeps keys and values in `dtype`; "fp8_e4m3" and "int8" in 8 bits with a scale for each token
+        and KV head (see kv_format.py).
     block_size: tokens per KV block.
     num_blocks: KV blocks; None sizes the pool from memory.
     kv_memory_gib: memory for the KV pool when num_blocks is None; None takes `memory_fraction` of what is really free
@@ -37,6 +39,7 @@ class EngineConfig:
     model: str
     device: str = "auto"
     dtype: str = "auto"
+    kv_cache_dtype: str = "auto"
     attention: str = "auto"
     block_size: int = 16
     num_blocks: int | None = None

@@ -10,7 +10,6 @@ Knows nothing of sockets, Ray or HTTP; `replicas.server` drives it for a fleet.
 from __future__ import annotations
 
 import logging
-import math
 import random
 import time
 from collections.abc import Sequence as Seq
@@ -18,12 +17,11 @@ from dataclasses import replace
 
 import torch
 
-from replicas.engine.attention import LayerCache
 from replicas.engine.blocks import BlockPool
 from replicas.engine.config import EngineConfig
 from replicas.engine.deadlines import too_late
 from replicas.engine.detokenizer import Detokenizer
-from replicas.engine.host_memory import host_zeros
+from replicas.engine.kv_format import LayerCache, allocate_caches
 from replicas.engine.layout import Layout
 from replicas.engine.loading import Loaded, load
 from replicas.engine.memory import choose_num_blocks
@@ -348,19 +346,16 @@ class Engine:
             self.max_model_len = pool_tokens
 
     def _allocate_caches(self, num_blocks: int) -> list[LayerCache]:
-        """Keys and values of every layer, each [num_blocks, block_size, num_kv_heads, head_dim].
-
-        On a CPU all layers of one block lie together, so that memory is taken from the system in proportion to the
-        blocks that were ever used; on a GPU, where all of it is taken at once, each layer's cache is contiguous.
-        """
-        loaded, decoder = self.loaded, self._decoder
-        layers, inner = decoder.num_layers, (self.config.block_size, decoder.num_kv_heads, decoder.head_dim)
-        if loaded.device.type == "cpu":
-            raw = host_zeros(num_blocks * layers * 2 * math.prod(inner) * loaded.dtype.itemsize)
-            pool = raw.view(loaded.dtype).view(num_blocks, layers, 2, *inner).permute(1, 2, 0, 3, 4, 5)
-        else:
-            pool = torch.zeros(layers, 2, num_blocks, *inner, dtype=loaded.dtype, device=loaded.device)
-        return [LayerCache(keys, values) for keys, values in pool]
+        decoder = self._decoder
+        return allocate_caches(
+            num_blocks,
+            self.config.block_size,
+            num_layers=decoder.num_layers,
+            num_kv_heads=decoder.num_kv_heads,
+            head_dim=decoder.head_dim,
+            kv=self.loaded.kv,
+            device=self.loaded.device,
+        )
 
     @torch.inference_mode()
     def _copy_blocks(self, copies: list[tuple[int, int]]) -> None:
@@ -368,8 +363,7 @@ class Engine:
             return
         source, target = torch.tensor(copies, device=self.loaded.device).unbind(dim=1)
         for cache in self._caches:
-            cache.keys[target] = cache.keys[source]
-            cache.values[target] = cache.values[source]
+            cache.copy_blocks(source, target)
 
     @torch.inference_mode()
     def _profile(self) -> None:

@@ -10,7 +10,9 @@ import torch
 
 from replicas.engine.attention import choose_attention
 from replicas.engine.config import EngineConfig
+from replicas.engine.kv_format import KVFormat, choose_kv_format
 from replicas.engine.model import Decoder
+from replicas.engine.model_config import ModelConfig
 from replicas.engine.ops import choose_ops
 from replicas.engine.tokenizer import Tokenizer, model_card
 from replicas.engine.weights import open_checkpoint
@@ -24,7 +26,7 @@ _CPU_BUDGET, _CUDA_BUDGET = 256, 2048
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
-    """kv_format names how keys and values are stored: it is part of every prefix hash.
+    """kv: how keys and values are stored; its name, kv_format, is part of every prefix hash.
 
     ops, attention: the backends' names, for logs and status.
     """
@@ -36,9 +38,13 @@ class Loaded:
     dtype: torch.dtype
     max_num_batched_tokens: int
     kv_bytes_per_token: int
-    kv_format: str
+    kv: KVFormat
     ops: str
     attention: str
+
+    @property
+    def kv_format(self) -> str:
+        return self.kv.name
 
 
 def load(config: EngineConfig) -> Loaded:
@@ -46,12 +52,13 @@ def load(config: EngineConfig) -> Loaded:
     _check(config)
     device = _choose_device(config.device)
     dtype = _choose_dtype(config.dtype, device)
+    kv = choose_kv_format(config.kv_cache_dtype, dtype)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     checkpoint = open_checkpoint(config.model)
     tokenizer = Tokenizer.load(checkpoint)
     ops = choose_ops(device, dtype)
-    attention = choose_attention(config.attention, device, dtype, checkpoint.config.head_dim)
+    attention = choose_attention(config.attention, device, dtype, checkpoint.config.head_dim, kv)
     decoder = Decoder(checkpoint, ops, attention, device, dtype, config.max_model_len)
     budget = config.max_num_batched_tokens or (_CUDA_BUDGET if device.type == "cuda" else _CPU_BUDGET)
     logger.info("%s on %s in %s, ops %s, attention %s", config.model, device, dtype, ops.name, attention.name)
@@ -62,11 +69,15 @@ def load(config: EngineConfig) -> Loaded:
         device=device,
         dtype=dtype,
         max_num_batched_tokens=budget,
-        kv_bytes_per_token=checkpoint.config.kv_bytes_per_token(dtype.itemsize),
-        kv_format=str(dtype).removeprefix("torch."),
+        kv_bytes_per_token=_kv_bytes_per_token(checkpoint.config, kv),
+        kv=kv,
         ops=ops.name,
         attention=attention.name,
     )
+
+
+def _kv_bytes_per_token(model: ModelConfig, kv: KVFormat) -> int:
+    return 2 * model.num_layers * model.num_kv_heads * kv.bytes_per_vector(model.head_dim)
 
 
 def _check(config: EngineConfig) -> None:
