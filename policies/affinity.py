@@ -116,7 +116,7 @@ def _one_by_one(request: RouteRequest, view: FleetView, rng: random.Random) -> R
     open_to = [number for number, eligible in enumerate(view.eligible.tolist()) if eligible]
     if not open_to:
         raise NoReplica("no replica is ready")
-    cached: list[int] = view.cached_tokens(request).tolist()
+    cached = view.cached_tokens_of_few(request)
     prefill_rate = _mean_rate([rows[number][_PREFILL_RATE] for number in open_to], unknown=1e3)
     release_rate = _mean_rate([rows[number][_RELEASE_RATE] for number in open_to], unknown=float("inf"))
     mean_requests = sum([row[_RUNNING] + row[_WAITING] + row[_SENT] for row in rows]) / len(rows)

@@ -59,6 +59,11 @@ class RouteRequest:
     def num_blocks(self) -> int:
         return -(-self.prompt_tokens // self.block_size)
 
+    @property
+    def most_cached(self) -> int:
+        """Blocks that a cache may spare it: not the last token, which must be computed to have logits."""
+        return max(self.prompt_tokens - 1, 0) // self.block_size
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FleetView:
@@ -91,11 +96,17 @@ class FleetView:
         return self.column("queued_tokens") + self.column("sent_tokens")
 
     def cached_tokens(self, request: RouteRequest, source: PrefixSource | None = None) -> Counts:
-        """Prompt tokens each replica need not compute; the last token always is, to have logits to sample from."""
+        """Prompt tokens each replica need not compute."""
         blocks = (source or self.prefixes).leading(request.hashes, self.replica_ids)
-        most = max(request.prompt_tokens - 1, 0) // request.block_size
-        tokens: Counts = np.minimum(blocks, most) * request.block_size
+        tokens: Counts = np.minimum(blocks, request.most_cached) * request.block_size
         return tokens
+
+    def cached_tokens_of_few(self, request: RouteRequest) -> list[int]:
+        """The same as a list, for a few replicas."""
+        if not isinstance(self.prefixes, PrefixIndex):
+            return [int(count) for count in self.cached_tokens(request)]
+        blocks = self.prefixes.leading_few(request.hashes, self.replica_ids)
+        return [min(count, request.most_cached) * request.block_size for count in blocks]
 
 
 @dataclass(slots=True)

@@ -101,7 +101,7 @@ class _Table:
     def leading(self, hashes: Sequence[bytes]) -> Counts:
         """int64[64]: leading blocks held by the replica of each bit."""
         if len(hashes) <= _FEW or not self._holder(hashes[0]):
-            return self._leading_one_by_one(hashes)
+            return np.array(self.leading_one_by_one(hashes), np.int64)
         holders = self._holders(self.fingerprints(hashes)) & np.uint64(self.live)
         held = np.bitwise_and.accumulate(holders)
         # The accumulated set only shrinks: a few distinct sets, each with the length at which it ends, stand for all.
@@ -113,9 +113,9 @@ class _Table:
         counts: Counts = (lengths @ bits.astype(np.float32)).astype(np.int64)  # exact below 2^24 blocks
         return counts
 
-    def _leading_one_by_one(self, hashes: Sequence[bytes]) -> Counts:
+    def leading_one_by_one(self, hashes: Sequence[bytes]) -> list[int]:
         """The same, block by block until nobody holds the next: for short chains, and those that nobody holds."""
-        counts = np.zeros(GROUP, np.int64)
+        counts = [0] * GROUP
         held = self.live
         for length, digest in enumerate(hashes):
             still = held and held & self._holder(digest)
@@ -261,7 +261,7 @@ def _blank(words: int) -> _U64:
     return np.frombuffer(memory, np.uint64)
 
 
-def _end(counts: Counts, replicas: int, length: int) -> None:
+def _end(counts: list[int], replicas: int, length: int) -> None:
     """The chains of these replicas, the bits of a set, are so long."""
     while replicas:
         lowest = replicas & -replicas
@@ -305,6 +305,14 @@ class PrefixIndex:
         counts = [table.leading(hashes) for table in self._tables]
         # What the index has never heard of gets the zero at the end.
         return np.concatenate((*counts, [0]))[self._slots(replica_ids)]
+
+    def leading_few(self, hashes: Sequence[bytes], replica_ids: tuple[str, ...]) -> list[int]:
+        """The same as a list, for a few replicas."""
+        if len(hashes) > _FEW:
+            return [int(count) for count in self.leading(hashes, replica_ids)]
+        counts = [table.leading_one_by_one(hashes) for table in self._tables]
+        members = [self._members.get(replica_id) for replica_id in replica_ids]
+        return [0 if m is None else counts[m.number][m.bit.bit_length() - 1] for m in members]
 
     @property
     def entries(self) -> int:
