@@ -16,7 +16,7 @@ of their own: a cached prefix makes a replica cheap, and a queue longer than the
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar, cast
 
 import numpy as np
@@ -47,7 +47,7 @@ def affinity(request: RouteRequest, view: FleetView, now: float, rng: random.Ran
 
 def _terms(
     request: RouteRequest,
-    row: list[_Number],
+    row: Sequence[_Number],
     cached: _Number,
     rates: tuple[_Number, _Number],
     mean_requests: float,
@@ -84,7 +84,12 @@ def _all_at_once(request: RouteRequest, view: FleetView, rng: random.Random) -> 
     )
     requests = view.requests
     terms = _terms(
-        request, list(view.columns), cast(Column, cached), rates, float(requests.sum()) / requests.size, np.maximum
+        request,
+        cast(Sequence[Column], view.columns),
+        cast(Column, cached),
+        rates,
+        float(requests.sum()) / requests.size,
+        np.maximum,
     )
     queue, blocks, prefill, decode = terms
     first_token = np.maximum(queue, blocks) + prefill + decode

@@ -33,8 +33,10 @@ def decide(
     if not ready:
         raise NoReplica("no replica is ready")
     allowed = score if ready == score.size else np.where(view.eligible, score, np.inf)
-    ties = np.flatnonzero(allowed == allowed.min())
-    best = int(ties[0] if len(ties) == 1 else rng.choice(ties.tolist()))
+    best = int(allowed.argmin())
+    lowest = allowed == allowed[best]
+    if np.count_nonzero(lowest) > 1:
+        best = rng.choice(np.flatnonzero(lowest).tolist())
     columns = {**terms, "score": allowed}
     if allowed.max() < np.inf:
         candidates, kept = view.replica_ids, {name: _packed(column) for name, column in columns.items()}
