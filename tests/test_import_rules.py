@@ -36,6 +36,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {  # module: (anywhere, inside fun
     "replicas.engine.phases": ({"replicas.protocol"}, set()),
     "replicas.engine.sequence": ({"replicas.protocol", "replicas.engine.phases", "replicas.engine.waiting"}, set()),
     "replicas.engine": (ENGINE, ENGINE_LAZY),
+    "replicas.engine.triton.kernels": (ENGINE | {"triton"}, set()),
     "replicas": (
         {"replicas", "msgspec", "zmq", "httpx", "tokenizers"},
         {"ray", "torch", "uvloop", "tiktoken", "uvicorn"},

@@ -16,11 +16,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from replicas.engine import native
+from replicas.engine import flash, native
 from replicas.engine.backend import NOT_BUILT_YET, native_obstacle, pick
 from replicas.engine.batch import StepBatch
 from replicas.engine.kv_format import KVFormat
 from replicas.engine.kv_format import LayerCache as LayerCache
+from replicas.engine.triton import attention as triton_attention
+from replicas.engine.triton import device as triton_device
 
 
 class Attention(Protocol):
@@ -85,24 +87,46 @@ class TorchAttention:
         return out
 
 
-def choose_attention(
-    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, kv: KVFormat | None = None
-) -> Attention:
-    """`name`: "auto", "native", "torch", "triton" or "flash_attn"; ConfigError if it cannot be had here.
-
-    `.name` of the result says which it is. `head_dim` may be anything for the backends there are now. `kv`: how keys
-    and values are kept, None for `dtype`.
-    """
-    obstacles = {
-        "flash_attn": NOT_BUILT_YET,
-        "triton": NOT_BUILT_YET,
-        "native": NOT_BUILT_YET if kv is not None and kv.scaled else native_obstacle(device, dtype),
+def obstacles(
+    device: torch.device, dtype: torch.dtype, head_dim: int, kv: KVFormat | None = None, block_size: int = 16
+) -> dict[str, str]:
+    """Every backend, best first for this device, with why it cannot be used or "". `kv`: how keys and values are kept,
+    None for `dtype`."""
+    scaled = kv is not None and kv.scaled
+    found = {
+        "flash_attn": flash.obstacle(flash.installed(), flash.wanted(device, dtype, head_dim, block_size, kv)),
+        "triton": triton_device.obstacle(device, dtype) or triton_attention.obstacle(block_size),
+        "native": NOT_BUILT_YET if scaled else native_obstacle(device, dtype),
         "torch": "",
     }
-    if pick("attention", name, obstacles) == "native":
+    # On a CPU Triton only runs in its interpreter, which nobody wants unasked.
+    order = ("native", "torch", "flash_attn", "triton") if device.type == "cpu" else tuple(found)
+    return {name: found[name] for name in order}
+
+
+def choose_attention(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    kv: KVFormat | None = None,
+    block_size: int = 16,
+) -> Attention:
+    """`name`: "auto", "flash_attn", "triton", "native" or "torch"; ConfigError if it cannot be had here.
+
+    `.name` of the result says which it is.
+    """
+    chosen = pick("attention", name, obstacles(device, dtype, head_dim, kv, block_size))
+    if chosen == "native":
         from replicas.engine.native.paged import NativeAttention
 
         kernels = native.library()
         assert kernels is not None, "native_obstacle found the kernels and now they are gone"
         return NativeAttention(kernels)
+    if chosen == "triton":
+        return triton_attention.TritonAttention(device)
+    if chosen == "flash_attn":
+        found = flash.installed()
+        assert found is not None, "FlashAttention was found and now it is gone"
+        return flash.FlashAttention(found, device, dtype)
     return TorchAttention()

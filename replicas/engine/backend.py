@@ -24,6 +24,15 @@ def native_obstacle(device: torch.device, dtype: torch.dtype) -> str:
     return "" if native.library() is not None else native.why_not()
 
 
+def reason(name: str, obstacles: Mapping[str, str], *, asked: bool) -> str:
+    """Why `name` was taken, in brackets, for logs and status: asked for, or what better ones could not; or ""."""
+    if asked:
+        return " (asked for)"
+    candidates = list(obstacles)
+    passed = [f"no {candidate}: {obstacles[candidate]}" for candidate in candidates[: candidates.index(name)]]
+    return f" ({'; '.join(passed)})" if passed else ""
+
+
 def pick(kind: str, name: str, obstacles: Mapping[str, str]) -> str:
     """The name to use out of `obstacles` (best first, each with why it cannot be used or "").
 
@@ -31,12 +40,9 @@ def pick(kind: str, name: str, obstacles: Mapping[str, str]) -> str:
     ConfigError with the reason and the names that can.
     """
     usable = [candidate for candidate, obstacle in obstacles.items() if not obstacle]
-    if name == "auto":
-        passed = [f"{candidate}: {obstacle}" for candidate, obstacle in obstacles.items() if obstacle]
-        logger.info("%s: %s%s", kind, usable[0], f" ({'; '.join(passed)})" if passed else "")
-        return usable[0]
-    if name in usable:
-        logger.info("%s: %s (asked for)", kind, name)
-        return name
-    reason = obstacles.get(name, "unknown name")
-    raise ConfigError(f"{kind} {name!r} cannot be used here: {reason}; usable: {', '.join(['auto', *usable])}")
+    if name != "auto" and name not in usable:
+        obstacle = obstacles.get(name, "unknown name")
+        raise ConfigError(f"{kind} {name!r} cannot be used here: {obstacle}; usable: {', '.join(['auto', *usable])}")
+    chosen = usable[0] if name == "auto" else name
+    logger.info("%s: %s%s", kind, chosen, reason(chosen, obstacles, asked=name != "auto"))
+    return chosen

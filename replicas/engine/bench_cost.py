@@ -23,16 +23,25 @@ class Cost:
         return Cost(self.bytes + other.bytes, self.flops + other.flops)
 
 
-def decode_step(config: ModelConfig, contexts: Sequence[int], element_size: int) -> Cost:
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What quantised weights and caches really take. weight_bytes: of all matrices that a token is multiplied with,
+    scales and zero points included. kv_bytes: of one token's keys and values in one layer."""
+
+    weight_bytes: int
+    kv_bytes: int
+
+
+def decode_step(config: ModelConfig, contexts: Sequence[int], element_size: int, held: Held | None = None) -> Cost:
     """One token for each sequence; contexts[i] is what sequence i attends to, its new token included.
 
     Weights (head included, a tied one counts as what it is: a product) are read once for all; each sequence reads its
-    keys and values, the new ones come from its own registers and are written.
+    keys and values, the new ones come from its own registers and are written. held: None for all in element_size.
     """
     positions = sum(_attended(config, context) for context in contexts)
-    kv_row = 2 * config.kv_size * element_size
+    held = held or Held(config.matmul_parameters * element_size, 2 * config.kv_size * element_size)
     return Cost(
-        bytes=config.matmul_parameters * element_size + positions * kv_row,
+        bytes=held.weight_bytes + positions * held.kv_bytes,
         flops=2 * config.matmul_parameters * len(contexts) + 4 * config.q_size * positions,
     )
 

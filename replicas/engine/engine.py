@@ -51,10 +51,13 @@ logger = logging.getLogger(__name__)
 
 
 class Engine:
-    """A `protocol.TokenEngine` over real weights. ConfigError where the model or the settings cannot work."""
+    """A `protocol.TokenEngine` over real weights. ConfigError where the model or the settings cannot work.
 
-    def __init__(self, config: EngineConfig) -> None:
-        loaded = load(config)
+    loaded: in place of what `config` names.
+    """
+
+    def __init__(self, config: EngineConfig, loaded: Loaded | None = None) -> None:
+        loaded = loaded or load(config)
         self.config = config
         self.loaded: Loaded = loaded
         self._decoder, self._tokenizer = loaded.decoder, loaded.tokenizer

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import torch
 
-from replicas.engine.attention import choose_attention
+from replicas.engine.attention import choose_attention, obstacles
+from replicas.engine.backend import reason
 from replicas.engine.config import EngineConfig
 from replicas.engine.kv_format import KVFormat, choose_kv_format
 from replicas.engine.model import Decoder
 from replicas.engine.model_config import ModelConfig
 from replicas.engine.ops import choose_ops
 from replicas.engine.tokenizer import Tokenizer, model_card
-from replicas.engine.weights import open_checkpoint
+from replicas.engine.weights import Checkpoint, open_checkpoint
 from replicas.protocol import ConfigError, ModelCard
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ _CPU_BUDGET, _CUDA_BUDGET = 256, 2048
 class Loaded:
     """kv: how keys and values are stored; its name, kv_format, is part of every prefix hash.
 
-    ops, attention: the backends' names, for logs and status.
+    ops, attention: the backends' names. backends: the same with why they were taken, for logs and status.
     """
 
     decoder: Decoder
@@ -41,27 +42,36 @@ class Loaded:
     kv: KVFormat
     ops: str
     attention: str
+    backends: str
 
     @property
     def kv_format(self) -> str:
         return self.kv.name
 
 
-def load(config: EngineConfig) -> Loaded:
-    """ConfigError for settings that contradict each other or the machine, and for models that cannot be served."""
+def load(config: EngineConfig, checkpoint: Checkpoint | None = None, tokenizer: Tokenizer | None = None) -> Loaded:
+    """ConfigError for settings that contradict each other or the machine, and for models that cannot be served.
+
+    checkpoint, tokenizer: in place of those that config.model names.
+    """
     _check(config)
-    device = _choose_device(config.device)
-    dtype = _choose_dtype(config.dtype, device)
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device)
     kv = choose_kv_format(config.kv_cache_dtype, dtype)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    checkpoint = open_checkpoint(config.model)
-    tokenizer = Tokenizer.load(checkpoint)
+    checkpoint = checkpoint or open_checkpoint(config.model)
+    tokenizer = tokenizer or Tokenizer.load(checkpoint)
     ops = choose_ops(device, dtype)
-    attention = choose_attention(config.attention, device, dtype, checkpoint.config.head_dim, kv)
+    head_dim, size = checkpoint.config.head_dim, config.block_size
+    attention = choose_attention(config.attention, device, dtype, head_dim, kv, size)
     decoder = Decoder(checkpoint, ops, attention, device, dtype, config.max_model_len)
     budget = config.max_num_batched_tokens or (_CUDA_BUDGET if device.type == "cuda" else _CPU_BUDGET)
-    logger.info("%s on %s in %s, ops %s, attention %s", config.model, device, dtype, ops.name, attention.name)
+    why = reason(
+        attention.name.split()[0], obstacles(device, dtype, head_dim, kv, size), asked=config.attention != "auto"
+    )
+    backends = f"attention {attention.name}{why}, ops {ops.name}"
+    logger.info("%s on %s in %s, %s", config.model, device, dtype, backends)
     return Loaded(
         decoder=decoder,
         tokenizer=tokenizer,
@@ -73,6 +83,7 @@ def load(config: EngineConfig) -> Loaded:
         kv=kv,
         ops=ops.name,
         attention=attention.name,
+        backends=backends,
     )
 
 
@@ -93,7 +104,7 @@ def _check(config: EngineConfig) -> None:
         raise ConfigError(f"watermark must be at least 0 and less than 1, got {config.watermark!r}", param="watermark")
 
 
-def _choose_device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -107,7 +118,7 @@ def _choose_device(name: str) -> torch.device:
     return device
 
 
-def _choose_dtype(name: str, device: torch.device) -> torch.dtype:
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     if name not in _DTYPES:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from replicas.engine import native
 from replicas.engine.backend import native_obstacle, pick
+from replicas.engine.triton import device as triton_device
 
 
 class Linear(Protocol):
@@ -93,12 +94,20 @@ class TorchOps:
 
 
 def choose_ops(device: torch.device, dtype: torch.dtype, name: str = "auto") -> Ops:
-    """`name`: "auto", "native" or "torch"; ConfigError if it cannot be had. `.name` of the result says which it is."""
-    chosen = pick("ops", name, {"native": native_obstacle(device, dtype), "torch": ""})
+    """`name`: "auto", "native", "triton" or "torch"; ConfigError if it cannot be had. `.name` of the result says which
+    it is."""
+    found = {"native": native_obstacle(device, dtype), "triton": triton_device.obstacle(device, dtype), "torch": ""}
+    # On a CPU Triton only runs in its interpreter, which nobody wants unasked.
+    order = ("native", "torch", "triton") if device.type == "cpu" else tuple(found)
+    chosen = pick("ops", name, {name: found[name] for name in order})
     if chosen == "native":
         from replicas.engine.native.ops import NativeOps
 
         kernels = native.library()
         assert kernels is not None, "native_obstacle found the kernels and now they are gone"
         return NativeOps(kernels)
+    if chosen == "triton":
+        from replicas.engine.triton.ops import TritonOps
+
+        return TritonOps(device)
     return TorchOps()

@@ -86,14 +86,19 @@ class LayerByLayer:
         return x
 
     def _attend(self, layer: Layer, x: Tensor, cache: LayerCache, batch: StepBatch) -> Tensor:
+        q, k, v = self._heads(layer, x)
+        q, k = self._ops.rope(q, k, self._weights.cos_sin, batch.positions)
+        return self._attention(q, k, v, cache, batch, scale=self._scale, window=layer.window).flatten(1)
+
+    def _heads(self, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, H] -> queries [T, Hq, D], keys and values [T, Hk, D], normed where the model does that, not turned."""
         config, eps = self._config, self._config.rms_norm_eps
         q, k, v = torch.split(layer.qkv(x), [config.q_size, config.kv_size, config.kv_size], dim=-1)
         q, k, v = (part.view(len(x), -1, config.head_dim) for part in (q, k, v))
         if layer.q_norm is not None and layer.k_norm is not None:
             q = self._ops.rms_norm(q.contiguous(), layer.q_norm, eps)
             k = self._ops.rms_norm(k.contiguous(), layer.k_norm, eps)
-        q, k = self._ops.rope(q, k, self._weights.cos_sin, batch.positions)
-        return self._attention(q, k, v, cache, batch, scale=self._scale, window=layer.window).flatten(1)
+        return q, k, v
 
 
 def choose_stack(weights: Weights, config: ModelConfig, ops: Ops, attention: Attention) -> Stack:
@@ -104,4 +109,11 @@ def choose_stack(weights: Weights, config: ModelConfig, ops: Ops, attention: Att
         kernels = native.library()
         assert kernels is not None, "native operations were chosen and now the kernels are gone"
         return NativeStack(kernels, weights, config)
+    if ops.name == "triton":
+        from replicas.engine.flash import FlashAttention
+        from replicas.engine.triton.attention import TritonAttention
+        from replicas.engine.triton.stack import TritonStack
+
+        if isinstance(attention, TritonAttention | FlashAttention):
+            return TritonStack(weights, config, ops, attention)
     return LayerByLayer(weights, config, ops, attention)

@@ -212,8 +212,5 @@ def test_choice_by_name() -> None:
     assert choose_attention("auto", cpu, torch.float32, 64).name == "native"
     assert choose_attention("auto", cpu, torch.bfloat16, 64).name == "torch"
     assert choose_attention("torch", cpu, torch.float32, 64).name == "torch"
-    for name in ("triton", "flash_attn"):
-        with pytest.raises(ConfigError, match=f"attention '{name}' .* not built yet; usable: auto, native, torch$"):
-            choose_attention(name, cpu, torch.float32, 64)
     with pytest.raises(ConfigError, match="unknown name"):
         choose_attention("flashier", cpu, torch.float32, 64)

@@ -1,0 +1,248 @@
+"""Small steps replayed from recorded graphs: a decode on a GPU is hundreds of kernels, and launching them one by one
+costs more time than they take.
+
+A graph is recorded for a *bucket*: so many sequences, each with at most so many tokens. A step is padded to the
+smallest bucket that holds it:
+
+    tokens       the step's own | padding, each to a page of scratch that nobody reads
+    sequences    the step's own | padding: the padding tokens, a bucket's width each, then none
+
+and copied into the bucket's fixed tensors. Nothing that a kernel is launched with depends on lengths: the attention
+backends that are used here look lengths up on the device.
+
+Recording waits: the first step of a bucket runs as it is (which also compiles its kernels), the second one records,
+all others replay. So no answer waits for graphs that nobody needs yet. A bucket that cannot be
+recorded for want of memory is computed as it is from then on.
+"""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from replicas.engine.batch import StepBatch
+
+logger = logging.getLogger(__name__)
+
+_FINE, _COARSE = 64, 256
+# What the driver keeps of a recorded graph of a few hundred kernels, generously.
+_GRAPH_BYTES = 16 << 20
+
+
+class Graph(Protocol):
+    """Work recorded once and run again on the same memory."""
+
+    def record(self, work: Callable[[], None]) -> None:
+        """Record `work`; it need not have run when this returns."""
+        ...
+
+    def replay(self) -> None: ...
+
+
+class EagerGraph:
+    """No recording at all: the work itself, again. Shows on any device whether padding and bookkeeping are right."""
+
+    def __init__(self) -> None:
+        self._work: Callable[[], None] | None = None
+
+    def record(self, work: Callable[[], None]) -> None:
+        self._work = work
+
+    def replay(self) -> None:
+        assert self._work is not None, "replayed before it was recorded"
+        self._work()
+
+
+class CudaGraphs:
+    """Makes CUDA graphs that share one pool of memory: no two of them run at once."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+
+    def __call__(self) -> Graph:
+        return _CudaGraph(self)
+
+    @property
+    def pool(self) -> Any:
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        return self._pool
+
+
+class _CudaGraph:
+    def __init__(self, graphs: CudaGraphs) -> None:
+        self._graphs, self._graph = graphs, torch.cuda.CUDAGraph()
+
+    def record(self, work: Callable[[], None]) -> None:
+        torch.cuda.synchronize()
+        # Other threads of the process may talk to CUDA meanwhile (a second engine): only this one is recorded.
+        with torch.cuda.graph(self._graph, pool=self._graphs.pool, capture_error_mode="thread_local"):
+            work()
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+def bucket_sizes(most: int) -> list[int]:
+    """1, 2, 4, then multiples of 8, from 64 on of 16, from 256 on of 64; the last is `most`."""
+    sizes = [1, 2, 4, *range(8, _FINE, 8), *range(_FINE, _COARSE, 16), *range(_COARSE, most, 64)]
+    return [size for size in sizes if size < most] + [most]
+
+
+@dataclass(slots=True)
+class _Bucket:
+    """seen: steps so far. graph: None until recorded. broken: recording failed, it never will be."""
+
+    batch: StepBatch
+    seen: int = 0
+    graph: Graph | None = None
+    broken: bool = False
+
+
+@dataclass(slots=True)
+class _Outputs:
+    """Where graphs leave their results: one buffer for all of them, as only one runs at a time."""
+
+    buffers: list[Tensor] = field(default_factory=list)
+
+    def take(self, results: Sequence[Tensor], most_rows: int) -> None:
+        if not self.buffers:
+            self.buffers = [torch.empty(most_rows, *r.shape[1:], dtype=r.dtype, device=r.device) for r in results]
+        for buffer, result in zip(self.buffers, results, strict=True):
+            buffer[: len(result)].copy_(result)
+
+
+class GraphRunner:
+    """Runs `compute` on a step, through a graph where there is one for it.
+
+    compute: StepBatch -> tensors with a row for each of its logits_rows, in their order. It writes keys and values and
+        must launch the same kernels for every step of a bucket.
+    make_graph: a fresh Graph. max_seqs, max_query_len: of the largest bucket; larger steps run as they are.
+    scratch: a block that no sequence ever gets. max_blocks: of one sequence.
+    """
+
+    def __init__(
+        self,
+        compute: Callable[[StepBatch], tuple[Tensor, ...]],
+        make_graph: Callable[[], Graph],
+        *,
+        max_seqs: int,
+        max_query_len: int,
+        max_blocks: int,
+        block_size: int,
+        scratch: int,
+        device: torch.device,
+    ) -> None:
+        self._compute, self._make_graph = compute, make_graph
+        self._sizes, self._max_query_len = bucket_sizes(max_seqs), max_query_len
+        self._max_blocks, self._block_size = max_blocks, block_size
+        self._scratch_slot, self._device = scratch * block_size, device
+        self._buckets: dict[tuple[int, int], _Bucket] = {}
+        self._outputs = _Outputs()
+        self.replays = self.recordings = 0
+
+    def __call__(self, batch: StepBatch) -> tuple[Tensor, ...]:
+        """What `compute(batch)` would give. The tensors may be views of memory that the next call writes to."""
+        key = self._key(batch)
+        if key is None:
+            return self._compute(batch)
+        bucket = self._buckets.get(key)
+        if bucket is None:
+            bucket = self._buckets[key] = _Bucket(self._fixed(*key))
+        bucket.seen += 1
+        if bucket.broken or bucket.seen == 1:
+            return self._compute(batch)
+        self._fill(bucket.batch, batch)
+        if bucket.graph is None and not self._record(bucket, key):
+            return self._compute(batch)
+        assert bucket.graph is not None, "recording said that it worked"
+        bucket.graph.replay()
+        self.replays += 1
+        return self._rows(batch)
+
+    def _key(self, batch: StepBatch) -> tuple[int, int] | None:
+        """(sequences, tokens of each) of the smallest bucket that holds the step; None if none does."""
+        num_seqs, width = len(batch.context_lens), batch.max_query_len
+        if width > self._max_query_len or num_seqs > self._sizes[-1] or not len(batch.logits_rows):
+            return None
+        if width > 1:
+            width = self._max_query_len  # drafts come and go: one bucket for all lengths of them
+        return self._sizes[bisect_left(self._sizes, num_seqs)], width
+
+    def _fixed(self, size: int, width: int) -> StepBatch:
+        """The bucket's own tensors, as a step of padding only."""
+
+        def zeros(count: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(count, dtype=dtype, device=self._device)
+
+        tokens = size * width
+        return StepBatch(
+            token_ids=zeros(tokens, torch.int64),
+            positions=zeros(tokens, torch.int64),
+            slot_mapping=zeros(tokens, torch.int64),
+            query_start=zeros(size + 1, torch.int32),
+            context_lens=zeros(size, torch.int32),
+            block_tables=zeros(size * self._max_blocks, torch.int32).view(size, self._max_blocks),
+            logits_rows=torch.arange(tokens, device=self._device),
+            max_query_len=width,
+            max_context_len=self._max_blocks * self._block_size,
+        )
+
+    def _fill(self, fixed: StepBatch, batch: StepBatch) -> None:
+        tokens, num_seqs, width = len(batch.token_ids), len(batch.context_lens), fixed.max_query_len
+        fixed.token_ids[:tokens].copy_(batch.token_ids)
+        fixed.token_ids[tokens:] = 0
+        fixed.positions[:tokens].copy_(batch.positions)
+        fixed.positions[tokens:] = 0
+        fixed.slot_mapping[:tokens].copy_(batch.slot_mapping)
+        fixed.slot_mapping[tokens:] = self._scratch_slot
+        fixed.context_lens[:num_seqs].copy_(batch.context_lens)
+        fixed.query_start[: num_seqs + 1].copy_(batch.query_start)
+        fixed.block_tables[:num_seqs, : batch.block_tables.shape[1]].copy_(batch.block_tables)
+        padding = len(fixed.context_lens) - num_seqs
+        if padding:
+            # Padding sequences see themselves only, in the scratch block; those that have no token left see nothing.
+            ends = torch.arange(1, padding + 1, device=self._device) * width + tokens
+            fixed.query_start[num_seqs + 1 :] = ends.clamp_(max=len(fixed.token_ids))
+            fixed.context_lens[num_seqs:] = fixed.query_start[num_seqs + 1 :] - fixed.query_start[num_seqs:-1]
+            fixed.block_tables[num_seqs:, 0] = self._scratch_slot // self._block_size
+
+    def _record(self, bucket: _Bucket, key: tuple[int, int]) -> bool:
+        most = self._sizes[-1] * self._max_query_len
+
+        def work() -> None:
+            self._outputs.take(self._compute(bucket.batch), most)
+
+        graph = self._make_graph()
+        try:
+            if not self._outputs.buffers:  # made outside of any graph, whose memory is not ours to keep
+                self._outputs.take(self._compute(bucket.batch), most)
+            graph.record(work)
+        except torch.OutOfMemoryError:
+            logger.warning("no memory to record steps of %d sequences: they are launched kernel by kernel", key[0])
+            bucket.broken = True
+            return False
+        bucket.graph = graph
+        self.recordings += 1
+        return True
+
+    def _rows(self, batch: StepBatch) -> tuple[Tensor, ...]:
+        rows = len(batch.logits_rows)
+        if rows == len(batch.token_ids):  # every token's are wanted: no need to gather
+            return tuple(buffer[:rows] for buffer in self._outputs.buffers)
+        return tuple(buffer[batch.logits_rows] for buffer in self._outputs.buffers)
+
+
+def reserved_bytes(max_seqs: int, max_query_len: int, row_bytes: int, activation_bytes: int) -> int:
+    """Memory to keep free for graphs: outputs of the largest, its activations, and what the driver keeps of each.
+
+    row_bytes: of one row of `compute`'s results. activation_bytes: of one token, at the peak of a step.
+    """
+    rows = max_seqs * max_query_len
+    widths = 1 if max_query_len == 1 else 2
+    return rows * (row_bytes + activation_bytes) + widths * len(bucket_sizes(max_seqs)) * _GRAPH_BYTES

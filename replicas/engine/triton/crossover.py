@@ -1,0 +1,67 @@
+"""Which of several kernels is fastest for a number of rows: measured once a shape and device, kept on disk."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+Measure = Callable[[Callable[[], object]], float]
+
+
+class Crossover:
+    """file: JSON {key: {bucket: kernel}}; an unreadable one is measured anew. measure: how long a call takes."""
+
+    def __init__(self, file: Path, measure: Measure) -> None:
+        self._file, self._measure = file, measure
+        self._known = _read(file)
+
+    def choose(
+        self, key: str, candidates: Mapping[str, int], run: Callable[[str, int], Callable[[], object]]
+    ) -> dict[int, str]:
+        """The fastest kernel for each of BUCKETS.
+
+        key: names everything that times depend on. candidates: kernel -> most rows it takes. run(kernel, rows) gives
+        what is to be timed.
+        """
+        stored = self._known.get(key, {})
+        chosen = {rows: stored.get(str(rows), "") for rows in BUCKETS}
+        if all(name in candidates and candidates[name] >= rows for rows, name in chosen.items()):
+            return chosen
+        for rows in BUCKETS:
+            times = {name: self._measure(run(name, rows)) for name, most in candidates.items() if rows <= most}
+            chosen[rows] = min(times, key=lambda name: times[name])
+        logger.info("kernels of %s: %s", key, chosen)
+        self._known[key] = {str(rows): name for rows, name in chosen.items()}
+        self._write()
+        return chosen
+
+    def _write(self) -> None:
+        """Other processes' entries are kept; a cache that cannot be written costs the next start its measuring."""
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._known = {**_read(self._file), **self._known}
+            with tempfile.NamedTemporaryFile("w", dir=self._file.parent, delete=False) as scratch:
+                json.dump(self._known, scratch, indent=1)
+            os.replace(scratch.name, self._file)
+        except OSError as error:
+            logger.warning("%s cannot be written: %s", self._file, error)
+
+
+def bucket_of(rows: int) -> int:
+    """The smallest of BUCKETS that is not less; the largest for more."""
+    return next((bucket for bucket in BUCKETS if rows <= bucket), BUCKETS[-1])
+
+
+def _read(file: Path) -> dict[str, dict[str, str]]:
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and all(isinstance(value, dict) for value in found.values()) else {}

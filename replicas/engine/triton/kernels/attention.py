@@ -1,0 +1,318 @@
+"""Paged attention. See `replicas.engine.triton.attention` for how the kernels are launched.
+
+Rows of a program's tile are (token, query head) pairs of one KV head: row m is query token m // GROUP and query head
+kv_head * GROUP + m % GROUP, so that a key is read once for all query heads that share it.
+
+Softmax is online (Dao et al. 2022, arXiv:2205.14135) and in base 2: scores come multiplied by log2(e). The split of a
+sequence over programs and the merge after it follow Flash-Decoding (Dao et al. 2023); locating a program's sequence by
+a binary search over a packed batch follows vLLM's unified Triton kernel.
+
+CODE says how keys and values are stored: 0 as numbers, 1 as int8, 2 as fp8 e4m3 in int8 (`kv_format.py`), the latter
+two with a float32 scale a token and KV head. DOT is the type in which products are taken, always summed in float32.
+"""
+
+import triton
+import triton.language as tl
+
+# The 7 low bits of an e4m3 code, moved up by 7, are the float16 of 1/256 of its value: exponents are biased by 15 there
+# and by 7 here. That holds for subnormals too, needs no 8-bit float hardware, and the 256 goes into the scale.
+FP8_FACTOR = tl.constexpr(256.0)
+
+
+@triton.jit
+def decode_codes(raw, CODE: tl.constexpr, DOT: tl.constexpr):
+    """Stored numbers in DOT, still to be multiplied by their scale (and by FP8_FACTOR for CODE 2)."""
+    if CODE == 2:
+        bits = raw.to(tl.int16)
+        half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
+        return half.to(tl.float16, bitcast=True).to(DOT)
+    else:
+        return raw.to(DOT)
+
+
+@triton.jit
+def _walk(
+    acc,
+    peak,
+    total,
+    q,
+    positions,
+    begin,
+    end,
+    length,
+    table,
+    keys,
+    values,
+    key_scales,
+    value_scales,
+    key_block_stride,
+    value_block_stride,
+    token_stride,
+    scale_block_stride,
+    scale_token_stride,
+    score_scale,
+    window,
+    MASKED: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    CODE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Attend rows q [M, D] at `positions` to the keys at begin..end-1; pointers are those of the KV head."""
+    dims = tl.arange(0, BLOCK_D)
+    real = dims < HEAD_DIM
+    if CODE == 2:
+        score_scale *= FP8_FACTOR
+    for start in range(begin, end, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        inside = cols < length
+        block = tl.load(table + cols // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
+        offset = cols % BLOCK_SIZE
+        key_rows = block * key_block_stride + offset * token_stride
+        value_rows = block * value_block_stride + offset * token_stride
+        k = tl.load(keys + key_rows[None, :] + dims[:, None], mask=inside[None, :] & real[:, None], other=0)
+        scores = tl.dot(q, decode_codes(k, CODE, DOT), input_precision=PRECISION) * score_scale
+        if CODE != 0:
+            scale_rows = block * scale_block_stride + offset * scale_token_stride
+            scores *= tl.load(key_scales + scale_rows, mask=inside, other=0.0)[None, :]
+        if MASKED:
+            visible = cols[None, :] <= positions[:, None]
+            if WINDOWED:
+                visible = visible & (cols[None, :] > positions[:, None] - window)
+            scores = tl.where(visible, scores, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, axis=1))
+        # A row that has seen nothing yet keeps -inf; shifting by 0 then avoids inf - inf.
+        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        weights = tl.exp2(scores - shift[:, None])
+        rescale = tl.exp2(peak - shift)
+        total = total * rescale + tl.sum(weights, axis=1)
+        acc = acc * rescale[:, None]
+        v = tl.load(values + value_rows[:, None] + dims[None, :], mask=inside[:, None] & real[None, :], other=0)
+        if CODE != 0:
+            weights *= tl.load(value_scales + scale_rows, mask=inside, other=0.0)[None, :]
+        acc = tl.dot(weights.to(DOT), decode_codes(v, CODE, DOT), acc, input_precision=PRECISION)
+        peak = new_peak
+    return acc, peak, total
+
+
+@triton.jit(do_not_specialize=["num_seqs", "window"])
+def prefill(
+    q,
+    out,
+    keys,
+    values,
+    key_scales,
+    value_scales,
+    tables,
+    query_start,
+    context_lens,
+    score_scale,
+    window,
+    num_seqs,
+    q_token_stride,
+    q_head_stride,
+    out_token_stride,
+    table_stride,
+    key_block_stride,
+    value_block_stride,
+    token_stride,
+    head_stride,
+    scale_block_stride,
+    scale_token_stride,
+    WINDOWED: tl.constexpr,
+    CODE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    GROUP: tl.constexpr,
+    QUERIES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Grid (at least the sum over sequences of ceil(tokens / QUERIES), KV heads): QUERIES tokens of one sequence each.
+
+    Tile t of sequence s is program query_start[s] // QUERIES + s + t: at most one program a sequence is left over, and
+    no table of tiles has to be made.
+    """
+    tile = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    low = tl.full([], 0, tl.int32)
+    high = low + num_seqs - 1
+    while low < high:  # the last sequence whose first tile is not after `tile`
+        middle = (low + high + 1) // 2
+        if tl.load(query_start + middle) // QUERIES + middle <= tile:
+            low = middle
+        else:
+            high = middle - 1
+    seq = low
+    first_row = tl.load(query_start + seq)
+    count = tl.load(query_start + seq + 1) - first_row
+    first = (tile - (first_row // QUERIES + seq)) * QUERIES
+    if first < count:
+        length = tl.load(context_lens + seq)
+        rows = tl.arange(0, BLOCK_M)
+        token = first + rows // GROUP
+        valid = (rows < QUERIES * GROUP) & (token < count)
+        positions = tl.where(valid, length - count + token, -1)
+        dims = tl.arange(0, BLOCK_D)
+        head = kv_head * GROUP + rows % GROUP
+        # Products of token and stride may pass 2^31 in a long batch.
+        row = (first_row + token).to(tl.int64)
+        mask = valid[:, None] & (dims < HEAD_DIM)[None, :]
+        q_rows = row * q_token_stride + head * q_head_stride
+        queries = tl.load(q + q_rows[:, None] + dims[None, :], mask=mask, other=0.0).to(DOT)
+        table = tables + seq.to(tl.int64) * table_stride
+        keys += kv_head * head_stride
+        values += kv_head * head_stride
+        key_scales += kv_head
+        value_scales += kv_head
+        acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+        peak = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+        total = tl.zeros([BLOCK_M], dtype=tl.float32)
+        position = length - count + first
+        end = tl.minimum(position + QUERIES, length)
+        begin = 0
+        if WINDOWED:
+            begin = tl.maximum(position - window + 1, 0) // BLOCK_N * BLOCK_N
+        else:
+            # All rows see all keys up to the first row's own position.
+            begin = (position + 1) // BLOCK_N * BLOCK_N
+            acc, peak, total = _walk(
+                acc, peak, total, queries, positions, 0, begin, length, table,
+                keys, values, key_scales, value_scales, key_block_stride, value_block_stride, token_stride,
+                scale_block_stride, scale_token_stride, score_scale, window,
+                False, WINDOWED, CODE, BLOCK_SIZE, BLOCK_N, HEAD_DIM, BLOCK_D, DOT, PRECISION,
+            )  # fmt: skip
+        acc, peak, total = _walk(
+            acc, peak, total, queries, positions, begin, end, length, table,
+            keys, values, key_scales, value_scales, key_block_stride, value_block_stride, token_stride,
+            scale_block_stride, scale_token_stride, score_scale, window,
+            True, WINDOWED, CODE, BLOCK_SIZE, BLOCK_N, HEAD_DIM, BLOCK_D, DOT, PRECISION,
+        )  # fmt: skip
+        if CODE == 2:
+            acc *= FP8_FACTOR
+        result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        out_rows = row * out_token_stride + head * HEAD_DIM
+        tl.store(out + out_rows[:, None] + dims[None, :], result.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["window"])
+def decode(
+    q,
+    out,
+    parts,
+    part_peaks,
+    part_totals,
+    keys,
+    values,
+    key_scales,
+    value_scales,
+    tables,
+    query_start,
+    context_lens,
+    score_scale,
+    window,
+    q_token_stride,
+    q_head_stride,
+    out_token_stride,
+    table_stride,
+    key_block_stride,
+    value_block_stride,
+    token_stride,
+    head_stride,
+    scale_block_stride,
+    scale_token_stride,
+    SPLITS: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    CODE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    GROUP: tl.constexpr,
+    QUERIES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Grid (sequences, KV heads, SPLITS): at most QUERIES tokens a sequence, its context in SPLITS even parts.
+
+    The grid depends on nothing that changes from step to step; a part without keys only says so. SPLITS 1 writes `out`;
+    else parts [T, heads, SPLITS, D], part_peaks and part_totals [T, heads, SPLITS] are left for `merge`.
+    """
+    seq = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    first_row = tl.load(query_start + seq)
+    count = tl.load(query_start + seq + 1) - first_row
+    length = tl.load(context_lens + seq)
+    rows = tl.arange(0, BLOCK_M)
+    token = rows // GROUP
+    valid = (token < count) & (rows < QUERIES * GROUP)
+    positions = tl.where(valid, length - count + token, -1)
+    dims = tl.arange(0, BLOCK_D)
+    head = kv_head * GROUP + rows % GROUP
+    row = (first_row + token).to(tl.int64)
+    mask = valid[:, None] & (dims < HEAD_DIM)[None, :]
+    q_rows = row * q_token_stride + head * q_head_stride
+    queries = tl.load(q + q_rows[:, None] + dims[None, :], mask=mask, other=0.0).to(DOT)
+    lowest = 0
+    if WINDOWED:
+        lowest = tl.maximum(length - count - window + 1, 0) // BLOCK_N * BLOCK_N
+    share = tl.cdiv(tl.cdiv(length - lowest, BLOCK_N), SPLITS) * BLOCK_N
+    begin = lowest + split * share
+    end = tl.minimum(begin + share, length)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    peak = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK_M], dtype=tl.float32)
+    acc, peak, total = _walk(
+        acc, peak, total, queries, positions, begin, end, length, tables + seq.to(tl.int64) * table_stride,
+        keys + kv_head * head_stride, values + kv_head * head_stride, key_scales + kv_head, value_scales + kv_head,
+        key_block_stride, value_block_stride, token_stride, scale_block_stride, scale_token_stride, score_scale, window,
+        True, WINDOWED, CODE, BLOCK_SIZE, BLOCK_N, HEAD_DIM, BLOCK_D, DOT, PRECISION,
+    )  # fmt: skip
+    if CODE == 2:
+        acc *= FP8_FACTOR
+    if SPLITS == 1:
+        result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        out_rows = row * out_token_stride + head * HEAD_DIM
+        tl.store(out + out_rows[:, None] + dims[None, :], result.to(out.dtype.element_ty), mask=mask)
+    else:
+        part = (row * (tl.num_programs(1) * GROUP) + head) * SPLITS + split
+        tl.store(parts + part[:, None] * HEAD_DIM + dims[None, :], acc, mask=mask)
+        tl.store(part_peaks + part, peak, mask=valid)
+        tl.store(part_totals + part, total, mask=valid)
+
+
+@triton.jit
+def merge(
+    parts,
+    part_peaks,
+    part_totals,
+    out,
+    out_token_stride,
+    SPLITS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Grid (T, heads): the softmax-weighted mean of a row's parts."""
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    splits = tl.arange(0, SPLITS)
+    dims = tl.arange(0, BLOCK_D)
+    real = dims < HEAD_DIM
+    part = (row * tl.num_programs(1) + head) * SPLITS + splits
+    peaks = tl.load(part_peaks + part)
+    totals = tl.load(part_totals + part)
+    peak = tl.max(peaks, axis=0)
+    factors = tl.exp2(peaks - tl.where(peak == float("-inf"), 0.0, peak))
+    acc = tl.load(parts + part[:, None] * HEAD_DIM + dims[None, :], mask=real[None, :], other=0.0)
+    total = tl.sum(totals * factors, axis=0)
+    result = tl.sum(acc * factors[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(out + row * out_token_stride + head * HEAD_DIM + dims, result.to(out.dtype.element_ty), mask=real)

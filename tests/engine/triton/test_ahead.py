@@ -1,0 +1,30 @@
+"""Every kernel compiles for Hopper here, without one: what the interpreter lets pass, Triton and ptxas must too."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_kernel_compiles_for_hopper_and_keeps_its_registers(tmp_path: Path) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", "replicas.engine.triton.ahead", "--capability", "90"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line for line in done.stdout.splitlines() if " registers " in line]
+    kernels = {line.split()[0] for line in lines}
+    assert {"prefill", "decode", "merge", "rope_and_write", "rope", "rms_norm", "silu_mul"} <= kernels
+    for line in lines:
+        spilled, shared = (int(re.search(rf"(\d+) B {kind}", line)[1]) for kind in ("local", "shared"))  # type: ignore[index]
+        assert shared <= 227 * 1024, f"more shared memory than a Hopper block has: {line}"
+        if "DOT=bf16" in line and "BLOCK_D=256" not in line:
+            assert spilled == 0, f"registers spill: {line}"
