@@ -69,6 +69,8 @@ class TorchAttention:
         starts, lens = batch.query_start.tolist(), batch.context_lens.tolist()
         for i, length in enumerate(lens):
             begin, end = starts[i], starts[i + 1]
+            if begin == end:  # padding of a recorded step
+                continue
             blocks = batch.block_tables[i, : -(-length // block_size)].long()
             seq_k, seq_v = cache.read(blocks, length, q.dtype)
             rows = torch.arange(length - (end - begin), length, device=q.device).unsqueeze(1)

@@ -16,6 +16,10 @@ class EngineConfig:
     dtype: of weights, activations and KV cache; "auto" is float32 on CPU, bfloat16 on CUDA.
     kv_cache_dtype: "auto" keeps keys and values in `dtype`; "fp8_e4m3" and "int8" in 8 bits with a scale for each token
         and KV head (see kv_format.py).
+    attention: "auto" takes the best backend that can serve device, dtype, head size and kv_cache_dtype; "flash_attn",
+        "triton", "native" and "torch" ask for one (docs/gpu.md).
+    step_graphs: "auto" replays decodes from CUDA graphs where device and attention allow it; "off" never does; "eager"
+        goes through the same padding and bookkeeping on any device and records nothing: to find faults.
     block_size: tokens per KV block.
     num_blocks: KV blocks; None sizes the pool from memory.
     kv_memory_gib: memory for the KV pool when num_blocks is None; None takes `memory_fraction` of what is really free
@@ -41,6 +45,7 @@ class EngineConfig:
     dtype: str = "auto"
     kv_cache_dtype: str = "auto"
     attention: str = "auto"
+    step_graphs: str = "auto"
     block_size: int = 16
     num_blocks: int | None = None
     kv_memory_gib: float | None = None

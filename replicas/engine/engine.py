@@ -17,10 +17,12 @@ from dataclasses import replace
 
 import torch
 
+from replicas.engine.batch import StepBatch
 from replicas.engine.blocks import BlockPool
 from replicas.engine.config import EngineConfig
 from replicas.engine.deadlines import too_late
 from replicas.engine.detokenizer import Detokenizer
+from replicas.engine.graphs import GraphRunner, choose_graphs, reserved_bytes
 from replicas.engine.kv_format import LayerCache, allocate_caches
 from replicas.engine.layout import Layout
 from replicas.engine.loading import Loaded, load
@@ -70,7 +72,8 @@ class Engine:
         num_blocks = choose_num_blocks(config, loaded.device, bytes_per_block, self.max_model_len, self._profile)
         self._fit_context(num_blocks * config.block_size)
         self.pool = BlockPool(num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching)
-        self._caches = self._allocate_caches(num_blocks)
+        self._caches = self._allocate_caches(num_blocks + 1)  # the last one is scratch for steps that are padded
+        self._graphs = self._build_graphs(scratch=num_blocks)
         self.scheduler = Scheduler(
             self.pool,
             max_num_seqs=config.max_num_seqs,
@@ -159,7 +162,7 @@ class Engine:
             self._layout.release(seq)
         self._copy_blocks(step.copies)
         batch = self._layout(step.items)
-        logits = self._decoder.forward(batch, self._caches)
+        logits = self._forward(batch) if self._graphs is None else self._graphs(batch)[0]
         rows = [seq for seq, count in step.items if seq.num_computed + count == seq.num_tokens]
         return self._sampler(logits, rows) if rows else []
 
@@ -348,6 +351,24 @@ class Engine:
             logger.warning("max_model_len lowered from %d to the KV cache's %d", self.max_model_len, pool_tokens)
             self.max_model_len = pool_tokens
 
+    def _forward(self, batch: StepBatch) -> torch.Tensor:
+        return self._decoder.forward(batch, self._caches)
+
+    def _build_graphs(self, scratch: int) -> GraphRunner | None:
+        make_graph = choose_graphs(self.config.step_graphs, self.loaded.device, self.loaded.attention)
+        if make_graph is None:
+            return None
+        return GraphRunner(
+            lambda batch: (self._forward(batch),),
+            make_graph,
+            max_seqs=self.config.max_num_seqs,
+            max_query_len=1,
+            max_blocks=-(-self.max_model_len // self.config.block_size),
+            block_size=self.config.block_size,
+            scratch=scratch,
+            device=self.loaded.device,
+        )
+
     def _allocate_caches(self, num_blocks: int) -> list[LayerCache]:
         decoder = self._decoder
         return allocate_caches(
@@ -369,9 +390,11 @@ class Engine:
             cache.copy_blocks(source, target)
 
     @torch.inference_mode()
-    def _profile(self) -> None:
-        """Run the largest step there can be, on scratch blocks, so that its peak memory is known (CUDA)."""
+    def _profile(self) -> int:
+        """Run the largest step there can be, on scratch blocks, so that its peak memory is known (CUDA); returns how
+        many bytes recorded steps may take beside it."""
         loaded, size = self.loaded, self.config.block_size
+        before = torch.cuda.memory_allocated(loaded.device)
         num_seqs = min(self.config.max_num_seqs, loaded.max_num_batched_tokens)
         share = loaded.max_num_batched_tokens // num_seqs
         layout = Layout(num_seqs, share, size, loaded.device)
@@ -379,7 +402,11 @@ class Engine:
         blocks = list(range(-(-share // size)))
         items = [(Sequence("", i, [0] * share, share, params, i, b"", blocks=blocks), share) for i in range(num_seqs)]
         logits = self._decoder.forward(layout(items), self._allocate_caches(len(blocks)))
+        activations = torch.cuda.max_memory_allocated(loaded.device) - before
         self._sampler(logits, [seq for seq, _ in items])
+        if choose_graphs(self.config.step_graphs, loaded.device, loaded.attention) is None:
+            return 0
+        return reserved_bytes(num_seqs, 1, logits.shape[1] * 4, activations // (num_seqs * share))
 
 
 def _check_ids(token_ids: Seq[int], vocab_size: int, param: str) -> None:

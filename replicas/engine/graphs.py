@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from replicas.engine.batch import StepBatch
+from replicas.protocol import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,18 @@ class _CudaGraph:
 
     def replay(self) -> None:
         self._graph.replay()
+
+
+def choose_graphs(mode: str, device: torch.device, attention: str) -> Callable[[], Graph] | None:
+    """What makes graphs for `EngineConfig.step_graphs`, None for steps that are launched kernel by kernel."""
+    if mode == "eager":
+        return EagerGraph
+    if mode not in ("auto", "off"):
+        raise ConfigError(f"step_graphs {mode!r} is not supported; use auto, off or eager", param="step_graphs")
+    # The torch backend looks lengths up on the host, which a recorded graph cannot do.
+    if mode == "off" or device.type != "cuda" or attention == "torch":
+        return None
+    return CudaGraphs()
 
 
 def bucket_sizes(most: int) -> list[int]:

@@ -70,4 +70,9 @@ class Layout:
         return seq.row
 
     def _tensor(self, values: NDArray[Any]) -> torch.Tensor:
-        return torch.from_numpy(values).to(self.device)
+        """On a GPU through pinned memory of this step alone, so that the copy need not be waited for: torch's allocator
+        of pinned memory hands a piece out again only when the copy from it is done."""
+        staged = torch.from_numpy(values)
+        if self.device.type != "cuda":
+            return staged
+        return staged.pin_memory().to(self.device, non_blocking=True)

@@ -16,12 +16,13 @@ _CPU_FRACTION, _CUDA_FRACTION = 0.25, 0.92
 
 
 def choose_num_blocks(
-    config: EngineConfig, device: torch.device, bytes_per_block: int, max_model_len: int, profile: Callable[[], None]
+    config: EngineConfig, device: torch.device, bytes_per_block: int, max_model_len: int, profile: Callable[[], int]
 ) -> int:
     """Blocks for the KV pool. ConfigError if not even one sequence of one block fits.
 
     `num_blocks` and `kv_memory_gib` are taken at their word; else a share of what is free: on CUDA after `profile()`
-    has run the largest step the engine may run (activations, logits, sampler), on CPU of the memory that the kernel or
+    has run the largest step the engine may run (activations, logits, sampler) and said how many bytes more its graphs
+    may take, on CPU of the memory that the kernel or
     the container's cgroup would still give. Never more than max_num_seqs sequences of max_model_len could use.
     """
     if config.num_blocks is not None:
@@ -42,18 +43,18 @@ def choose_num_blocks(
     return blocks
 
 
-def _free_on_cuda(device: torch.device, fraction: float, profile: Callable[[], None]) -> int:
+def _free_on_cuda(device: torch.device, fraction: float, profile: Callable[[], int]) -> int:
     """`fraction` of the card, less what weights hold and the largest step needs at its peak, less other processes'."""
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
-    profile()
+    graphs = profile()
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device)
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     others = total - free - torch.cuda.memory_reserved(device)
-    return int(total * fraction) - peak - others
+    return int(total * fraction) - peak - others - graphs
 
 
 def free_host_memory() -> int:
