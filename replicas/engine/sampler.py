@@ -156,14 +156,17 @@ class Sampler:
         top_k = torch.tensor([min(seq.sampling.top_k or vocab, vocab) for seq in rows], device=device).unsqueeze(1)
         top_p = torch.tensor([seq.sampling.top_p for seq in rows], dtype=torch.float64, device=device).unsqueeze(1)
         # Each row takes the path that its own settings choose: a neighbour must not change what a seed draws.
-        limited = ((top_k < vocab) | (top_p < 1)).squeeze(1)
-        if not limited.any():
+        # Which, is asked of the settings and not of the tensors: a device would have to be waited for.
+        limited = [i for i, seq in enumerate(rows) if 0 < seq.sampling.top_k < vocab or seq.sampling.top_p < 1]
+        if not limited:
             return self._draw_whole(logits, u)
-        if limited.all():
+        if len(limited) == len(rows):
             return self._draw_limited(logits, top_k, top_p, u)
+        part = torch.tensor(limited, device=device)
+        rest = torch.tensor(sorted(set(range(len(rows))) - set(limited)), device=device)
         chosen = torch.empty(len(rows), dtype=torch.int64, device=device)
-        chosen[~limited] = self._draw_whole(logits[~limited], u[~limited])
-        chosen[limited] = self._draw_limited(logits[limited], top_k[limited], top_p[limited], u[limited])
+        chosen[rest] = self._draw_whole(logits[rest], u[rest])
+        chosen[part] = self._draw_limited(logits[part], top_k[part], top_p[part], u[part])
         return chosen
 
     def _draw_whole(self, logits: Tensor, u: Tensor) -> Tensor:
