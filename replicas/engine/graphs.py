@@ -12,7 +12,7 @@ backends that are used here look lengths up on the device.
 
 Recording waits: the first step of a bucket runs as it is (which also compiles its kernels), the second one records,
 all others replay. So no answer waits for graphs that nobody needs yet. A bucket that cannot be
-recorded for want of memory is computed as it is from then on.
+recorded, for want of memory above all, is computed as it is from then on.
 """
 
 from __future__ import annotations
@@ -233,11 +233,11 @@ class GraphRunner:
 
         graph = self._make_graph()
         try:
-            if not self._outputs.buffers:  # made outside of any graph, whose memory is not ours to keep
-                self._outputs.take(self._compute(bucket.batch), most)
+            # Once unrecorded: kernels are compiled for these sizes, and the outputs lie outside of any graph's memory.
+            work()
             graph.record(work)
-        except torch.OutOfMemoryError:
-            logger.warning("no memory to record steps of %d sequences: they are launched kernel by kernel", key[0])
+        except RuntimeError as error:  # out of memory among them, or what the driver says of a recording that ran out
+            logger.warning("steps of %d sequences are launched kernel by kernel: %s", key[0], error)
             bucket.broken = True
             return False
         bucket.graph = graph

@@ -146,6 +146,21 @@ def test_a_bucket_without_memory_to_be_recorded_is_computed_as_it_is() -> None:
     assert run.recordings == run.replays == 0
 
 
+def test_kernels_are_compiled_before_they_are_recorded() -> None:
+    """A recording must not be the first to run kernels for a bucket's sizes: loading one is no work that is recorded."""
+    compute = Recorder()
+
+    class Strict(EagerGraph):
+        def record(self, work: Callable[[], None]) -> None:
+            assert [len(batch.token_ids) for batch in compute.batches] == [3, 4]
+            super().record(work)
+
+    run = runner(compute, Strict)
+    for _ in range(2):
+        run(step((1, 5), (1, 2), (1, 7)))
+    assert run.recordings == 1
+
+
 def test_memory_kept_for_graphs_grows_with_rows_and_buckets() -> None:
     one = reserved_bytes(1, 1, row_bytes=10, activation_bytes=100)
     assert reserved_bytes(64, 1, 10, 100) > one
