@@ -130,6 +130,18 @@ def explain(ctx: typer.Context) -> None:
     _call("deploy.explain_cli", "explain", ctx)
 
 
+@app.command(context_settings=_PASS_ON)
+def quantize(ctx: typer.Context) -> None:
+    """Round a model's weights to 2, 4 or 8 bits: AWQ, GPTQ or round-to-nearest."""
+    _call("deploy.quantize_cli", "quantize", ctx)
+
+
+@app.command("eval", context_settings=_PASS_ON)
+def evaluate(ctx: typer.Context) -> None:
+    """Measure a model's quality on a text."""
+    _call("deploy.eval_cli", "app", ctx)
+
+
 def main() -> None:
     """Console script: our own errors are one line on stderr and exit status 1, never a traceback."""
     try:

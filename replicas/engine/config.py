@@ -14,6 +14,9 @@ class EngineConfig:
     model: folder with config.json + *.safetensors, a *.gguf file, or a folder holding exactly one *.gguf file.
     device: "auto", "cpu", "cuda" or "cuda:N".
     dtype: of weights, activations and KV cache; "auto" is float32 on CPU, bfloat16 on CUDA.
+    quantization: of weights. "auto" keeps them as the checkpoint stores them (AWQ, GPTQ, compressed-tensors; a GGUF's
+        Q4_0, Q4_1 and Q8_0 where kernels multiply with them as they are); "none" dequantises them at load; "int8"
+        rounds a full-precision checkpoint or a GGUF to 8 bits at load.
     kv_cache_dtype: "auto" keeps keys and values in `dtype`; "fp8_e4m3" and "int8" in 8 bits with a scale for each token
         and KV head (see kv_format.py).
     attention: "auto" takes the best backend that can serve device, dtype, head size and kv_cache_dtype; "flash_attn",
@@ -43,6 +46,7 @@ class EngineConfig:
     model: str
     device: str = "auto"
     dtype: str = "auto"
+    quantization: str = "auto"
     kv_cache_dtype: str = "auto"
     attention: str = "auto"
     step_graphs: str = "auto"

@@ -52,18 +52,22 @@ class GGUFFile:
     def read(self, name: str) -> Tensor:
         """Tensor `name` as float32 in torch's shape; ConfigError if its type has no dequantiser."""
         tensor = self.tensors[name]
-        raw = np.frombuffer(bytearray(self._data[tensor.begin : tensor.begin + tensor.nbytes]), np.uint8)
+        raw = self.raw(tensor)
         fast = _DEQUANTISERS.get(tensor.kind_name)
         if fast is not None:
-            return fast(torch.from_numpy(raw)).view(tensor.shape)
+            return fast(raw).view(tensor.shape)
         from gguf import GGMLQuantizationType, quants
 
         try:
-            rows = raw.reshape(-1, tensor.nbytes // (int(np.prod(tensor.shape[:-1], dtype=np.int64)) or 1))
+            rows = raw.numpy().reshape(-1, tensor.nbytes // (int(np.prod(tensor.shape[:-1], dtype=np.int64)) or 1))
             wide = quants.dequantize(rows, GGMLQuantizationType(tensor.kind))
         except NotImplementedError as error:
             raise ConfigError(f"{self.path.name}: {name!r} has the unsupported type {tensor.kind_name}") from error
         return torch.from_numpy(np.ascontiguousarray(wide, dtype=np.float32)).view(tensor.shape)
+
+    def raw(self, tensor: GGUFTensor) -> Tensor:
+        """Its bytes as they lie in the file: uint8 [nbytes], a copy."""
+        return torch.frombuffer(bytearray(self._data[tensor.begin : tensor.begin + tensor.nbytes]), dtype=torch.uint8)
 
 
 class _Header:

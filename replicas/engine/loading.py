@@ -15,6 +15,7 @@ from replicas.engine.kv_format import KVFormat, choose_kv_format
 from replicas.engine.model import Decoder
 from replicas.engine.model_config import ModelConfig
 from replicas.engine.ops import choose_ops
+from replicas.engine.quantized.checkpoint import seen_as
 from replicas.engine.tokenizer import Tokenizer, model_card
 from replicas.engine.weights import Checkpoint, open_checkpoint
 from replicas.protocol import ConfigError, ModelCard
@@ -60,9 +61,10 @@ def load(config: EngineConfig, checkpoint: Checkpoint | None = None, tokenizer: 
     kv = choose_kv_format(config.kv_cache_dtype, dtype)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    checkpoint = checkpoint or open_checkpoint(config.model)
-    tokenizer = tokenizer or Tokenizer.load(checkpoint)
     ops = choose_ops(device, dtype)
+    stored = checkpoint or open_checkpoint(config.model)
+    tokenizer = tokenizer or Tokenizer.load(stored)
+    checkpoint = seen_as(stored, config.quantization, keep_gguf=ops.multiplies_quantized)
     head_dim, size = checkpoint.config.head_dim, config.block_size
     attention = choose_attention(config.attention, device, dtype, head_dim, kv, size)
     decoder = Decoder(checkpoint, ops, attention, device, dtype, config.max_model_len)
@@ -70,7 +72,7 @@ def load(config: EngineConfig, checkpoint: Checkpoint | None = None, tokenizer: 
     why = reason(
         attention.name.split()[0], obstacles(device, dtype, head_dim, kv, size), asked=config.attention != "auto"
     )
-    backends = f"attention {attention.name}{why}, ops {ops.name}"
+    backends = f"attention {attention.name}{why}, ops {ops.name}, weights {checkpoint.quantization or 'in full'}"
     logger.info("%s on %s in %s, %s", config.model, device, dtype, backends)
     return Loaded(
         decoder=decoder,

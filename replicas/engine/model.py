@@ -17,7 +17,9 @@ from replicas.engine.attention import Attention, LayerCache
 from replicas.engine.batch import StepBatch
 from replicas.engine.config import EngineConfig
 from replicas.engine.model_config import ModelConfig
-from replicas.engine.ops import Linear, Ops
+from replicas.engine.ops import JoinedLinear, Linear, Ops
+from replicas.engine.quantized.checkpoint import seen_as
+from replicas.engine.quantized.weight import QuantizedWeight, concatenate
 from replicas.engine.stack import Layer, Weights, choose_stack
 from replicas.engine.weights import Checkpoint, open_checkpoint
 
@@ -26,7 +28,7 @@ class Decoder:
     """A model's weights on one device and the function from a step's tokens to logits.
 
     num_layers, num_kv_heads, head_dim: the shape of the cache it writes. weight_bytes: all weights as held, tied ones
-    once. max_model_len: positions its rotary table covers.
+    once; layer_bytes: those of the layers' matrices. max_model_len: positions its rotary table covers.
     """
 
     def __init__(
@@ -45,10 +47,11 @@ class Decoder:
         with torch.inference_mode(), _one_thread():
             loader = _Loader(checkpoint, ops, device, dtype)
             layers = [loader.layer(index) for index in range(config.num_layers)]
+            self.layer_bytes = sum(matrix.nbytes for layer in layers for matrix in layer.matrices)
             final_norm = loader.tensor("model.norm.weight")
             if config.tie_word_embeddings:  # one copy, in the layout that the head's product wants
                 self._head = loader.linear(["model.embed_tokens"], bias=False)
-                self._embed = self._head.rows
+                self._embed = partial(_embed, self._head, dtype)
             else:
                 self._head = loader.linear(["lm_head"], bias=False)
                 self._embed = partial(_rows, loader.tensor("model.embed_tokens.weight"))
@@ -61,7 +64,8 @@ class Decoder:
         cls, config: EngineConfig, ops: Ops, attention: Attention, device: torch.device, dtype: torch.dtype
     ) -> Decoder:
         """Open `config.model` and load it; ConfigError if it is unsupported, incomplete or corrupt."""
-        return cls(open_checkpoint(config.model), ops, attention, device, dtype, config.max_model_len)
+        checkpoint = seen_as(open_checkpoint(config.model), config.quantization, keep_gguf=ops.multiplies_quantized)
+        return cls(checkpoint, ops, attention, device, dtype, config.max_model_len)
 
     def flops_per_token(self, context_len: int = 0) -> int:
         return self.config.flops_per_token(context_len)
@@ -93,6 +97,18 @@ def _rows(table: Tensor, ids: Tensor) -> Tensor:
     return torch.nn.functional.embedding(ids, table)
 
 
+def _embed(head: Linear, dtype: torch.dtype, ids: Tensor) -> Tensor:
+    return head.rows(ids).to(dtype)
+
+
+def _alike(parts: Sequence[Tensor | QuantizedWeight]) -> bool:
+    """Whether these matrices can be laid on top of one another."""
+    first, rest = parts[0], parts[1:]
+    if isinstance(first, Tensor):
+        return all(isinstance(part, Tensor) for part in rest)
+    return all(isinstance(part, QuantizedWeight) and first.joins(part) for part in rest)
+
+
 class _Loader:
     """Moves tensors from a checkpoint to a device, fusing projections that read the same input."""
 
@@ -107,16 +123,29 @@ class _Loader:
         return held
 
     def linear(self, names: list[str], *, bias: bool) -> Linear:
-        return self._ops.linear(self._rows(names, "weight"), self._rows(names, "bias") if bias else None)
+        """One layer out of several that read the same input, in the form that they are stored in if that is one."""
+        parts = [self._checkpoint.matrix(name) for name in names]
+        biases = [self._checkpoint.tensor(f"{name}.bias") for name in names] if bias else []
+        if len(parts) > 1 and not _alike(parts):
+            return JoinedLinear([self._linear([part], biases[i : i + 1]) for i, part in enumerate(parts)])
+        return self._linear(parts, biases)
 
-    def _rows(self, names: list[str], suffix: str) -> Tensor:
-        parts = [self._checkpoint.tensor(f"{name}.{suffix}") for name in names]
+    def _linear(self, parts: Sequence[Tensor | QuantizedWeight], biases: Sequence[Tensor]) -> Linear:
+        fused_bias = self._stacked(biases) if biases else None
+        quantized = [part for part in parts if isinstance(part, QuantizedWeight)]
+        if quantized:
+            made = self._ops.quantized_linear(concatenate(quantized), fused_bias)
+        else:
+            made = self._ops.linear(self._stacked([part for part in parts if isinstance(part, Tensor)]), fused_bias)
+        self.bytes_read += made.nbytes + (0 if fused_bias is None else fused_bias.nbytes)
+        return made
+
+    def _stacked(self, parts: Sequence[Tensor]) -> Tensor:
         fused = torch.empty(
             (sum(part.shape[0] for part in parts), *parts[0].shape[1:]), device=self._device, dtype=self._dtype
         )
         for part, rows in zip(parts, torch.split(fused, [part.shape[0] for part in parts]), strict=True):
             rows.copy_(part)
-        self.bytes_read += fused.nbytes
         return fused
 
     def layer(self, index: int) -> Layer:

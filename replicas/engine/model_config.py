@@ -266,10 +266,6 @@ class _Values:
 
 
 def _refuse_what_is_not_built(values: _Values) -> None:
-    quantization = values.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method", "unnamed")
-        raise ConfigError(f"quantised checkpoints ({method!r}) are not supported; use the unquantised one or a GGUF")
     activation = values.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise ConfigError(f"hidden_act {activation!r} is not supported; supported: silu")

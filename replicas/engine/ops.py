@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -13,11 +14,16 @@ from torch import Tensor
 
 from replicas.engine import native
 from replicas.engine.backend import native_obstacle, pick
+from replicas.engine.quantized.torch_linear import TorchQuantizedLinear
+from replicas.engine.quantized.weight import QuantizedWeight
 from replicas.engine.triton import device as triton_device
 
 
 class Linear(Protocol):
-    """y = x @ weight.T (+ bias): x [M, K] -> [M, N]. The weight is held in whatever layout the device likes."""
+    """y = x @ weight.T (+ bias): x [M, K] -> [M, N]. The weight is held in whatever layout the device likes; the kernel
+    is chosen by x's shape. A new format or device is one more class that does this."""
+
+    nbytes: int  # that the weight takes, with everything that a quantised one needs
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
@@ -30,9 +36,17 @@ class Ops(Protocol):
     """All tensors are contiguous unless said otherwise; T is the number of tokens in the step."""
 
     name: str
+    multiplies_quantized: bool  # with codes as they are; else every call dequantises a quantised weight first
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         """Prepare (perhaps repack) weight [N, K] once; the caller drops its own reference to it."""
+        ...
+
+    def quantized_linear(self, weight: QuantizedWeight, bias: Tensor | None) -> Linear:
+        """The same for a weight that stays quantised. `weight` lies on the CPU, a bias where the device computes.
+
+        What it multiplies with are the numbers of `weight.dequantise()`, rounded to the device's type.
+        """
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -56,6 +70,7 @@ class Ops(Protocol):
 class TorchLinear:
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias = weight, bias
+        self.nbytes = weight.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.nn.functional.linear(x, self.weight, self.bias)
@@ -64,11 +79,34 @@ class TorchLinear:
         return torch.nn.functional.embedding(ids, self.weight)
 
 
+class JoinedLinear:
+    """Layers that read the same input and cannot be one matrix, since they are stored in different ways."""
+
+    def __init__(self, parts: Sequence[Linear]) -> None:
+        self._parts = parts
+        self.nbytes = sum(part.nbytes for part in parts)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self._parts], dim=-1)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        raise NotImplementedError("joined layers are not looked up by row: only an embedding is, which is one matrix")
+
+
 class TorchOps:
+    """device: where quantised weights are held."""
+
     name = "torch"
+    multiplies_quantized = False
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device = device or torch.device("cpu")
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         return TorchLinear(weight, bias)
+
+    def quantized_linear(self, weight: QuantizedWeight, bias: Tensor | None) -> Linear:
+        return TorchQuantizedLinear(weight.to(self._device), bias)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.float()
@@ -110,4 +148,4 @@ def choose_ops(device: torch.device, dtype: torch.dtype, name: str = "auto") -> 
         from replicas.engine.triton.ops import TritonOps
 
         return TritonOps(device)
-    return TorchOps()
+    return TorchOps(device)

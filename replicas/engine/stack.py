@@ -25,7 +25,7 @@ from replicas.engine import native
 from replicas.engine.attention import Attention, LayerCache
 from replicas.engine.batch import StepBatch
 from replicas.engine.model_config import ModelConfig
-from replicas.engine.ops import Linear, Ops
+from replicas.engine.ops import JoinedLinear, Linear, Ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,10 @@ class Layer:
     gate_up: Linear
     down: Linear
     window: int | None
+
+    @property
+    def matrices(self) -> tuple[Linear, ...]:
+        return self.qkv, self.o, self.gate_up, self.down
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +105,15 @@ class LayerByLayer:
         return q, k, v
 
 
+def _has_joined_layers(weights: Weights) -> bool:
+    return any(
+        isinstance(layer.qkv, JoinedLinear) or isinstance(layer.gate_up, JoinedLinear) for layer in weights.layers
+    )
+
+
 def choose_stack(weights: Weights, config: ModelConfig, ops: Ops, attention: Attention) -> Stack:
     """One native call for all layers where everything in them is native; the same bits as layer by layer."""
-    if ops.name == attention.name == "native":
+    if ops.name == attention.name == "native" and not _has_joined_layers(weights):
         from replicas.engine.native.stack import NativeStack
 
         kernels = native.library()

@@ -1,5 +1,7 @@
 """A model's tensors by their Hugging Face names, from safetensors or GGUF, checked against its config before use.
 
+Matrices may be stored quantised (replicas/engine/quantized): `matrix` gives them as they are, `tensor` in full.
+
 `open_checkpoint(source)` reads headers only; weights come from mmap'd files when `tensor(name)` asks for them. What a
 checkpoint lacks, holds too much of or holds in a wrong shape is a ConfigError naming file and tensor, raised before the
 first weight is read.
@@ -10,14 +12,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from replicas.engine.gguf_file import GGUFFile
 from replicas.engine.model_config import ModelConfig, config_from_gguf, config_from_hf
+from replicas.engine.quantized.gguf_blocks import KEPT
+from replicas.engine.quantized.stored import Held, StoredMatrices, weight_format
+from replicas.engine.quantized.weight import QuantizedWeight
 from replicas.protocol import ConfigError
 
 _FLOATS = ("F32", "F16", "BF16", "F64")
@@ -27,15 +33,23 @@ class Checkpoint(Protocol):
     """One model's files, opened and checked.
 
     folder: where tokenizer files may lie. gguf: the GGUF file if it is one. revision: short hash identifying the
-    weights. tensor(name): as stored (safetensors) or float32 (GGUF), on CPU, perhaps a view of a mapped file.
+    weights. quantization: what matrices are stored in (a quant_method, or "gguf"), None if all are plain floats.
     """
 
     folder: Path
     config: ModelConfig
     revision: str
     gguf: GGUFFile | None
+    quantization: str | None
 
-    def tensor(self, name: str) -> Tensor: ...
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of `expected_tensors` on CPU, perhaps a view of a mapped file: as stored where that is a float type
+        of safetensors, else float32."""
+        ...
+
+    def matrix(self, module: str) -> Tensor | QuantizedWeight:
+        """The weight [N, K] of a linear layer or of an embedding, quantised if it is stored so."""
+        ...
 
 
 def open_checkpoint(source: str | Path) -> Checkpoint:
@@ -83,6 +97,13 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def linear_matrices(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """The weights [N, K] of the decoder's linear layers by module, with a head that is not tied."""
+    shapes = expected_tensors(config)
+    del shapes["model.embed_tokens.weight"]
+    return {name.removesuffix(".weight"): (shape[0], shape[1]) for name, shape in shapes.items() if len(shape) == 2}
+
+
 class SafetensorsCheckpoint:
     """A Hugging Face folder: config.json, generation_config.json, model.safetensors or shards with an index."""
 
@@ -90,26 +111,63 @@ class SafetensorsCheckpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        generation = folder / "generation_config.json"
-        self.config = config_from_hf(
-            read_json(folder / "config.json"), read_json(generation) if generation.is_file() else None
-        )
+        generation, raw = folder / "generation_config.json", read_json(folder / "config.json")
+        self.config = config_from_hf(raw, read_json(generation) if generation.is_file() else None)
+        form = weight_format(folder, raw, read_json)
         files = _shards(folder)
         self._files = {file.name: _open_safetensors(file) for file in files}
-        self._where = {name: file for file, opened in self._files.items() for name in opened.keys()}
-        shapes, kinds = {}, {}
-        for name, file in self._where.items():
-            view = self._files[file].get_slice(name)
-            shapes[name], kinds[name] = tuple(view.get_shape()), view.get_dtype()
-        _check_shapes(self.config, shapes, lambda name: self._where.get(name, " + ".join(self._files)))
-        for name in expected_tensors(self.config):
-            if kinds[name] not in _FLOATS:
-                raise ConfigError(f"{self._where[name]}: tensor {name!r} has the unsupported type {kinds[name]}")
+        self._held = {
+            name: _describe(file, opened, name) for file, opened in self._files.items() for name in opened.keys()
+        }
+        all_files = " + ".join(self._files)
+        self.quantization = None if form is None else form.name
+        self._quantized = (
+            None if form is None else StoredMatrices(form, linear_matrices(self.config), self._held, all_files)
+        )
+        self._check(all_files)
         self.revision = fingerprint([folder / "config.json", *files])
 
     def tensor(self, name: str) -> Tensor:
-        found: Tensor = self._files[self._where[name]].get_tensor(name)
+        module = name.removesuffix(".weight")
+        if self._quantized is not None and module in self._quantized and name.endswith(".weight"):
+            return self._quantized.read(module, self._raw).dequantise()
+        return self._raw(name)
+
+    def matrix(self, module: str) -> Tensor | QuantizedWeight:
+        if self._quantized is not None and module in self._quantized:
+            return self._quantized.read(module, self._raw)
+        return self._raw(f"{module}.weight")
+
+    def _raw(self, name: str) -> Tensor:
+        found: Tensor = self._files[self._held[name].file].get_tensor(name)
         return found
+
+    def _check(self, all_files: str) -> None:
+        expected, shapes = expected_tensors(self.config), {name: held.shape for name, held in self._held.items()}
+        for module in self._quantized or ():
+            del expected[f"{module}.weight"]
+        _check_shapes(
+            self.config,
+            expected,
+            {name: shape for name, shape in shapes.items() if not self._is_known(name)},
+            lambda name: self._held[name].file if name in self._held else all_files,
+        )
+        for name in expected:
+            if self._held[name].kind not in _FLOATS:
+                raise ConfigError(
+                    f"{self._held[name].file}: tensor {name!r} has the unsupported type {self._held[name].kind}"
+                )
+
+    def _is_known(self, name: str) -> bool:
+        """Whether the format of quantised matrices accounts for this tensor.
+
+        AutoGPTQ writes a bias with every layer it packs, zeros where the model has none.
+        """
+        if self._quantized is None:
+            return False
+        module = name.removesuffix(".bias")
+        silent = module != name and module in self._quantized and name not in expected_tensors(self.config)
+        return self._quantized.owns(name) or (silent and not bool(self._raw(name).any()))
 
 
 class GGUFCheckpoint:
@@ -127,17 +185,34 @@ class GGUFCheckpoint:
         self._gguf_names = _hf_names(self.config.num_layers)
         back = {gguf: name for name, gguf in self._gguf_names.items()}
         renamed = {back.get(name, name): shape for name, shape in shapes.items() if name != "rope_freqs.weight"}
-        _check_shapes(self.config, renamed, lambda _: path.name)
+        _check_shapes(self.config, expected_tensors(self.config), renamed, lambda _: path.name)
         self._permuted = file.metadata["general.architecture"] == "llama"
+        kinds = {tensor.kind_name for tensor in file.tensors.values()}
+        self.quantization = "gguf" if kinds & set(KEPT) else None
         self.revision = fingerprint([path])
 
     def tensor(self, name: str) -> Tensor:
         raw = self._file.read(self._gguf_names[name])
-        if self._permuted and ".q_proj." in name:
-            return _unpermute(raw, self.config.num_heads)
-        if self._permuted and ".k_proj." in name:
-            return _unpermute(raw, self.config.num_kv_heads)
-        return raw
+        heads = self._interleaved_heads(name)
+        return _unpermute(raw, heads) if heads else raw
+
+    def matrix(self, module: str) -> Tensor | QuantizedWeight:
+        name = f"{module}.weight"
+        stored = self._file.tensors[self._gguf_names[name]]
+        if stored.kind_name not in KEPT:
+            return self.tensor(name)
+        weight = KEPT[stored.kind_name](self._file.raw(stored), stored.shape[0])
+        for numbers in (weight.scales, weight.mins):
+            if numbers is not None and not bool(numbers.isfinite().all()):
+                raise ConfigError(f"{self._file.path.name}: tensor {stored.name!r} holds scales that are not finite")
+        heads = self._interleaved_heads(name)
+        return weight.rows(_unpermute(torch.arange(stored.shape[0]), heads)) if heads else weight
+
+    def _interleaved_heads(self, name: str) -> int:
+        """Heads whose rows llama.cpp's converter interleaved; 0 if this tensor's rows lie as Hugging Face has them."""
+        if not self._permuted:
+            return 0
+        return {"q_proj": self.config.num_heads, "k_proj": self.config.num_kv_heads}.get(name.split(".")[-2], 0)
 
 
 def _unpermute(rows: Tensor, heads: int) -> Tensor:
@@ -174,8 +249,12 @@ def _hf_names(num_layers: int) -> dict[str, str]:
     return names
 
 
-def _check_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], file_of: Any) -> None:
-    expected = expected_tensors(config)
+def _check_shapes(
+    config: ModelConfig,
+    expected: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, tuple[int, ...]],
+    file_of: Callable[[str], str],
+) -> None:
     for name, shape in expected.items():
         if name not in shapes:
             raise ConfigError(f"{file_of(name)}: tensor {name!r} is missing")
@@ -215,6 +294,11 @@ def _open_safetensors(file: Path) -> Any:
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"{file.name} is truncated or corrupt: {error}") from error
+
+
+def _describe(file: str, opened: Any, name: str) -> Held:
+    view = opened.get_slice(name)
+    return Held(file, tuple(view.get_shape()), view.get_dtype())
 
 
 def read_json(file: Path) -> dict[str, Any]:

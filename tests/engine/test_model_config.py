@@ -83,7 +83,6 @@ def test_an_unsupported_architecture_is_refused_with_the_list_of_supported_ones(
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "layer type"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "'rope_scaling.factor'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
-        ({"quantization_config": {"quant_method": "awq"}}, "'awq'"),
         ({"hidden_size": None}, "'hidden_size'"),
         ({"hidden_size": "64"}, "'hidden_size' .* '64'"),
         ({"num_attention_heads": 2.5}, "'num_attention_heads' .* 2.5"),

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from replicas.engine.native.ops import NativeLinear, NativeOps
+from replicas.engine.native.linear import NativeLinear
+from replicas.engine.native.ops import NativeOps
 from replicas.engine.ops import TorchOps, choose_ops
 from replicas.protocol import ConfigError
 from tests.engine.native_builds import MARCHES, kernels, needs_compiler

@@ -6,7 +6,10 @@
 // of MAX_ROWS x PANEL (Goto & van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008; BLIS) reaches the
 // multiply-add ceiling with many. Every output element is one chain over k = 0..K-1, so a row's result does not depend
 // on the other rows.
+//
+// A quantised weight (codes.h) is dequantised slice by slice into the caches and multiplied by the same tiles.
 
+#include "codes.h"
 #include "gemm.h"
 #include "kernels.h"
 #include "team.h"
@@ -20,6 +23,7 @@ namespace {
 constexpr int64_t DEPTH = 640;      // rows of a panel that stay close (L1, L2) while row blocks pass over them
 constexpr int64_t ROW_CHUNK = 168;  // rows of x whose DEPTH slice stays in L2 (a multiple of 6, 12 and 14)
 constexpr int64_t OWN_ROWS = 56;    // fewer pay too much for reading every weight themselves
+constexpr int64_t CODES_DEPTH = 128;  // rows of a dequantised slice, all panels together: it stays in L1
 
 struct Call {
     const Linear& w;
@@ -29,11 +33,20 @@ struct Call {
     const RowBlocks& blocks;
 };
 
-void panel_slice(const Call& call, int64_t panel, int panels, int64_t k0, int64_t kc, int64_t block0, int64_t block1) {
+// `panels` panels [kc][PANEL] one after the other.
+const float* dequantised(const Linear& w, int64_t panel, int panels, int64_t k0, int64_t kc) {
+    static thread_local Scratch scratch;
+    float* out = scratch.floats(panels * kc * PANEL);
+    for (int j = 0; j < panels; j++) dequantise(w, panel + j, k0, kc, out + j * kc * PANEL);
+    return out;
+}
+
+// Rows k0 .. k0 + kc of some panels, at b, with every row block.
+void pass(const Call& call, int64_t panel, int panels, int64_t k0, int64_t kc, const float* b, int64_t b_panel,
+          int64_t block0, int64_t block1) {
     const Linear& w = call.w;
     const int64_t column = panel * PANEL;
     const bool partial = column + panels * PANEL > w.n;
-    const float* b = w.packed + (panel * w.k + k0) * PANEL;
     const int64_t bytes = kc * PANEL * 4, spread = std::max<int64_t>(1, block1 - block0);
     for (int64_t i = block0; i < block1; i++) {
         const int rows = call.blocks.height(i);
@@ -55,29 +68,59 @@ void panel_slice(const Call& call, int64_t panel, int panels, int64_t k0, int64_
         t.kc = kc;
         t.a = call.a + row * w.k + k0 * rows;
         t.b = b;
-        t.b_panel = w.k * PANEL;
+        t.b_panel = b_panel;
         // While row blocks pass over this slice, the next panel's slice comes in, an equal share with each block.
         t.prefetch = reinterpret_cast<const char*>(b + panels * w.k * PANEL) + (i - block0) * bytes / spread;
         t.prefetch_step = std::max<int64_t>(1, PANEL * 4 / spread);
-        (spread == 1 ? tile_for<0, Stream>(rows, panels) : tile_for<0, Spread>(rows, panels))(t);
+        (w.codes ? tile_for<0, Nothing>(rows, panels)
+         : spread == 1 ? tile_for<0, Stream>(rows, panels)
+                       : tile_for<0, Spread>(rows, panels))(t);
         if (partial)
             for (int r = 0; r < rows; r++)
                 std::memcpy(c + r * call.y_ld, edge + r * t.c_ld, (w.n - column) * 4);
     }
 }
 
+void panel_slice(const Call& call, int64_t panel, int panels, int64_t k0, int64_t kc, int64_t block0, int64_t block1) {
+    const Linear& w = call.w;
+    if (!w.codes) return pass(call, panel, panels, k0, kc, w.packed + (panel * w.k + k0) * PANEL, w.k * PANEL, block0, block1);
+    const int64_t depth = CODES_DEPTH / panels;
+    for (int64_t k = k0; k < k0 + kc; k += depth) {
+        const int64_t count = std::min(depth, k0 + kc - k);
+        pass(call, panel, panels, k, count, dequantised(w, panel, panels, k, count), count * PANEL, block0, block1);
+    }
+}
+
 void panels_range(const Call& call, int64_t p0, int64_t p1, int64_t block0, int64_t block1) {
     const int64_t k = call.w.k;
     const bool single = block1 - block0 == 1;
+    const int64_t align = call.w.codes ? CODE_ALIGN : 1;
     const int64_t slices = single ? 1 : (k + DEPTH - 1) / DEPTH;
     for (int64_t s = 0; s < slices; s++) {
-        const int64_t k0 = k * s / slices, kc = k * (s + 1) / slices - k0;
+        const int64_t k0 = k * s / slices / align * align;
+        const int64_t kc = (s + 1 < slices ? k * (s + 1) / slices / align * align : k) - k0;
         for (int64_t p = p0; p < p1;) {
             const int panels = single ? panels_at_once(call.blocks.height(block0), p1 - p) : 1;
             panel_slice(call, p, panels, k0, kc, block0, block1);
             p += panels;
         }
     }
+}
+
+void unpack_codes(const Linear& w, const int64_t* rows, int64_t count, float* out) {
+    for (int64_t r = 0; r < count; r++) {
+        const float* column = dequantised(w, rows[r] / PANEL, 1, 0, w.k) + rows[r] % PANEL;
+        for (int64_t i = 0; i < w.k; i++) out[r * w.k + (w.codes->order ? w.codes->order[i] : i)] = column[i * PANEL];
+    }
+}
+
+// Columns of x in the order of a weight's rows: [rows, k], in this thread's scratch.
+const float* gathered(const float* x, int64_t x_ld, int64_t rows, int64_t k, const int64_t* order) {
+    static thread_local Scratch scratch;
+    float* out = scratch.floats(rows * k);
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = 0; i < k; i++) out[r * k + i] = x[r * x_ld + order[i]];
+    return out;
 }
 
 // Rows are cut into chunks that stay in L2. If every member can have enough rows to itself, the number of chunks is a
@@ -108,6 +151,7 @@ SB_EXPORT void sb_pack(const float* weight, int64_t ld, int64_t n, int64_t k, fl
 }
 
 SB_EXPORT void sb_unpack_rows(const Linear* w, const int64_t* rows, int64_t count, float* out) {
+    if (w->codes) return unpack_codes(*w, rows, count, out);
     for (int64_t r = 0; r < count; r++) {
         const float* column = w->packed + rows[r] / PANEL * w->k * PANEL + rows[r] % PANEL;
         for (int64_t i = 0; i < w->k; i++) out[r * w->k + i] = column[i * PANEL];
@@ -121,15 +165,21 @@ SB_EXPORT void sb_linear(const Linear* w, const float* x, int64_t x_ld, float* y
     Team team(threads);
     const int64_t row_chunks = chunks_of(m, team.size());
     static thread_local Scratch scratch;
-    float* packed_x = m == 1 ? const_cast<float*>(x) : scratch.floats(m * w->k);
+    const int64_t* order = w->codes ? w->codes->order : nullptr;
+    const bool as_it_is = m == 1 && !order;
+    float* packed_x = as_it_is ? const_cast<float*>(x) : scratch.floats(m * w->k);
     const Call call{*w, packed_x, y, w->n, blocks};
     Shares shares(row_chunks * panels, team.size());
 #pragma omp parallel num_threads(team.size())
     {
-        if (m > 1) {
+        if (!as_it_is) {
 #pragma omp for schedule(static) nowait
-            for (int64_t i = 0; i < blocks.count; i++)
-                pack_rows(x + blocks.start(i) * x_ld, x_ld, blocks.height(i), w->k, packed_x + blocks.start(i) * w->k);
+            for (int64_t i = 0; i < blocks.count; i++) {
+                const int64_t start = blocks.start(i), rows = blocks.height(i);
+                const float* from = x + start * x_ld;
+                if (order) from = gathered(from, x_ld, rows, w->k, order);
+                pack_rows(from, order ? w->k : x_ld, rows, w->k, packed_x + start * w->k);
+            }
             team.wait();
         }
         for (int64_t item, end; shares.claim(omp_get_thread_num(), item, end);)

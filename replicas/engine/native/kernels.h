@@ -5,10 +5,23 @@
 
 namespace sb {
 
+enum Kind { KIND_F32, KIND_F16, KIND_BF16, KIND_U8, KIND_U16 };
+
+// A quantised weight; layout and arithmetic in codes.h.
+struct Codes {
+    const uint32_t* words;
+    const void* scales;
+    const void* origins;   // zeros (KIND_U8, KIND_U16) or mins (the scales' kind); null: zeros of 2^(bits-1)
+    const int64_t* order;  // [k]: the column of x that each row of a panel is for; null: in order
+    int64_t group;         // rows that share a scale, a multiple of 32 / bits
+    int32_t bits, scale_kind, origin_kind;
+};
+
 struct Linear {
-    const float* packed;  // see gemm.cpp
+    const float* packed;  // see gemm.cpp; null where there are codes
     const float* bias;    // padded to whole panels, or null
     int64_t n, k;
+    const Codes* codes;  // or null
 };
 
 // A step's sequences laid end to end: StepBatch in batch.py.

@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, c_float, c_int, c_int64, c_void_p
+from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
+
+import torch
+
+# `Kind` in kernels.h.
+NUMBER_KINDS = (torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.int16)
 
 
 class LinearWeights(ctypes.Structure):
-    """`Linear` in kernels.h. packed: ceil(n / panel) panels of [k][panel]; bias: padded to whole panels, or None."""
+    """`Linear` in kernels.h. packed: ceil(n / panel) panels of [k][panel], or None where codes is the address of a
+    WeightCodes; bias: padded to whole panels, or None."""
 
-    _fields_ = (("packed", c_void_p), ("bias", c_void_p), ("n", c_int64), ("k", c_int64))
+    _fields_ = (("packed", c_void_p), ("bias", c_void_p), ("n", c_int64), ("k", c_int64), ("codes", c_void_p))
+
+
+class WeightCodes(ctypes.Structure):
+    """`Codes` in kernels.h; kinds are indices into NUMBER_KINDS."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("words", "scales", "origins", "order")),
+        ("group", c_int64),
+        *((name, c_int32) for name in ("bits", "scale_kind", "origin_kind")),
+    )
 
 
 class AttentionBatch(ctypes.Structure):

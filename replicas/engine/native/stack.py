@@ -13,7 +13,7 @@ from replicas.engine.attention import LayerCache
 from replicas.engine.batch import StepBatch
 from replicas.engine.model_config import ModelConfig
 from replicas.engine.native.library import AttentionBatch, AttentionShape, Library, StackLayer, StackWeights
-from replicas.engine.native.ops import NativeLinear
+from replicas.engine.native.linear import NativeLinear
 from replicas.engine.native.paged import describe_batch, describe_cache
 from replicas.engine.ops import Linear
 from replicas.engine.stack import Layer, Weights

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from replicas.engine.ops import Linear, TorchLinear
+from replicas.engine.quantized.torch_linear import TorchQuantizedLinear
+from replicas.engine.quantized.weight import QuantizedWeight
 from replicas.engine.triton.device import next_power_of_2
 
 _TILE = 1024
@@ -15,12 +17,16 @@ class TritonOps:
     """See `replicas.engine.ops.Ops` for the contract."""
 
     name = "triton"
+    multiplies_quantized = False
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         return TorchLinear(weight, bias)
+
+    def quantized_linear(self, weight: QuantizedWeight, bias: Tensor | None) -> Linear:
+        return TorchQuantizedLinear(weight.to(self._device), bias)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -1,0 +1,100 @@
+// Panels of a quantised weight as float32, a slice at a time: what the register tiles of gemm.h multiply with.
+//
+//   words    [panels][k / per][PANEL], per = 32 / bits codes of one column in a word, lowest bits first
+//   scales   [panels][groups][PANEL]
+//   origins  the same: zeros, from which codes are counted, or mins, which are added
+//
+// A weight is (code - zero) * scale, or code * scale + min. With scales of 16 bits code * scale and zero * scale are exact
+// in float32, so that one fused multiply-add of code, scale and -zero * scale rounds once, to the same number. Scales
+// of 32 bits take the difference first. A slice is the same numbers whoever asks for it, so a row's product has the same
+// bits with many rows as alone, and the same as with the dequantised matrix.
+#pragma once
+
+#include <algorithm>
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace sb {
+
+constexpr int64_t CODE_ALIGN = 16;  // most codes in a word: slices begin at multiples of it
+constexpr int64_t AHEAD = 4096;     // bytes: hardware prefetchers stop at each page
+
+typedef uint8_t bytes_unaligned __attribute__((vector_size(LANES), aligned(1), may_alias));
+typedef uint16_t halves_unaligned __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+typedef int32_t words_unaligned __attribute__((vector_size(SB_VECTOR_BYTES), aligned(4), may_alias));
+
+SB_INLINE vec bits_as_float(veci v) { return reinterpret_cast<vec>(v); }
+SB_INLINE veci load_words(const uint32_t* p) { return *reinterpret_cast<const words_unaligned*>(p); }
+
+// LANES numbers of `kind` from index i on, exactly.
+SB_INLINE vec load_as(const void* data, int kind, int64_t i) {
+    if (kind == KIND_F32) return load(static_cast<const float*>(data) + i);
+    if (kind == KIND_U8)
+        return __builtin_convertvector(
+            __builtin_convertvector(*reinterpret_cast<const bytes_unaligned*>(static_cast<const uint8_t*>(data) + i), veci), vec);
+    const veci wide = __builtin_convertvector(
+        *reinterpret_cast<const halves_unaligned*>(static_cast<const uint16_t*>(data) + i), veci);
+    if (kind == KIND_U16) return __builtin_convertvector(wide, vec);
+    if (kind == KIND_BF16) return bits_as_float(wide << 16);
+    // float16: its exponent is 112 less; the product also makes subnormal numbers right.
+    const vec magnitude = bits_as_float((wide & 0x7fff) << 13) * splat(0x1p112f);
+    return bits_as_float(reinterpret_cast<veci>(magnitude) | (wide & 0x8000) << 16);
+}
+
+// What turns the codes of one group of LANES columns into weights.
+struct GroupGrid {
+    vec scale, zero, offset;
+    bool difference;  // (code - zero) * scale, else code * scale + offset
+
+    static inline GroupGrid at(const Codes& w, int64_t i) {
+        const vec scale = load_as(w.scales, w.scale_kind, i);
+        const bool mins = w.origins && w.origin_kind == w.scale_kind;
+        if (mins) return {scale, vec{}, load_as(w.origins, w.origin_kind, i), false};
+        const vec zero = w.origins ? load_as(w.origins, w.origin_kind, i) : splat(static_cast<float>(1 << (w.bits - 1)));
+        return {scale, zero, -zero * scale, w.scale_kind == KIND_F32};
+    }
+};
+
+template <int BITS, bool DIFFERENCE>
+void dequantise_run(const uint32_t* words, int64_t count, const GroupGrid& first, const GroupGrid& second, float* out) {
+    constexpr int PER = 32 / BITS, MASK = (1 << BITS) - 1;
+    const vec scale[2] = {first.scale, second.scale}, zero[2] = {first.zero, second.zero};
+    const vec offset[2] = {first.offset, second.offset};
+    for (int64_t i = 0; i < count; i++, words += PANEL, out += PER * PANEL) {
+        const veci packed[2] = {load_words(words), load_words(words + LANES)};
+        for (int line = 0; line < PANEL * 4; line += 64)
+            __builtin_prefetch(reinterpret_cast<const char*>(words) + AHEAD + line, 0, 2);
+#pragma GCC unroll 16
+        for (int j = 0; j < PER; j++)
+            for (int half = 0; half < 2; half++) {
+                const vec code = __builtin_convertvector((packed[half] >> (BITS * j)) & MASK, vec);
+                store(out + j * PANEL + half * LANES,
+                      DIFFERENCE ? (code - zero[half]) * scale[half] : code * scale[half] + offset[half]);
+            }
+    }
+}
+
+// Weights of columns panel * PANEL.. and rows k0 .. k0 + kc: out [kc][PANEL]. k0 is a multiple of CODE_ALIGN.
+template <int BITS>
+void dequantise_slice(const Linear& w, int64_t panel, int64_t k0, int64_t kc, float* out) {
+    constexpr int PER = 32 / BITS;
+    const Codes& codes = *w.codes;
+    const int64_t groups = (w.k + codes.group - 1) / codes.group;
+    const uint32_t* words = codes.words + panel * (w.k / PER) * PANEL;
+    for (int64_t k = k0; k < k0 + kc;) {
+        const int64_t group = k / codes.group, end = std::min((group + 1) * codes.group, k0 + kc);
+        const int64_t i = (panel * groups + group) * PANEL;
+        const GroupGrid first = GroupGrid::at(codes, i), second = GroupGrid::at(codes, i + LANES);
+        (first.difference ? dequantise_run<BITS, true> : dequantise_run<BITS, false>)(
+            words + k / PER * PANEL, (end - k) / PER, first, second, out + (k - k0) * PANEL);
+        k = end;
+    }
+}
+
+SB_INLINE void dequantise(const Linear& w, int64_t panel, int64_t k0, int64_t kc, float* out) {
+    const int bits = w.codes->bits;
+    (bits == 4 ? dequantise_slice<4> : bits == 8 ? dequantise_slice<8> : dequantise_slice<2>)(w, panel, k0, kc, out);
+}
+
+}  // namespace sb
