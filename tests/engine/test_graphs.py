@@ -147,7 +147,7 @@ def test_a_bucket_without_memory_to_be_recorded_is_computed_as_it_is() -> None:
 
 
 def test_kernels_are_compiled_before_they_are_recorded() -> None:
-    """A recording must not be the first to run kernels for a bucket's sizes: loading one is no work that is recorded."""
+    """Loading a kernel is no work that a recording holds: it must not be the first to run one."""
     compute = Recorder()
 
     class Strict(EagerGraph):
