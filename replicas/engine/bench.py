@@ -70,14 +70,14 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     """Best of several tries of a reduction and of a matrix-vector product over 512 MiB, and of a 2048-cube product."""
     big = torch.ones(2**29 // dtype.itemsize, device=device, dtype=dtype).view(-1, 2048)
     vector = torch.ones(2048, device=device, dtype=dtype)
-    reads = min(_best_s(big.sum, device), _best_s(lambda: torch.mv(big, vector), device))
+    reads = min(best_s(big.sum, device), best_s(lambda: torch.mv(big, vector), device))
     size = 2048 if device.type == "cpu" else 8192
     square = torch.ones(size, size, device=device, dtype=dtype)
-    product = _best_s(lambda: torch.mm(square, square), device)
+    product = best_s(lambda: torch.mm(square, square), device)
     return Ceilings(big.nbytes / reads, 2 * size**3 / product)
 
 
-def _best_s(function: Callable[[], object], device: torch.device, tries: int = 7) -> float:
+def best_s(function: Callable[[], object], device: torch.device, tries: int = 7) -> float:
     best = float("inf")
     for _ in range(tries):
         started = time.perf_counter()
@@ -91,7 +91,7 @@ def _best_s(function: Callable[[], object], device: torch.device, tries: int = 7
 def run_batch(engine: Engine, batch: int, prompt_tokens: int, output_tokens: int, rng: random.Random) -> Timeline:
     """Submit `batch` requests at once and step until all are done."""
     config, element_size = engine.loaded.decoder.config, engine.loaded.dtype.itemsize
-    ids = [_submit(engine, prompt_tokens, output_tokens, rng) for _ in range(batch)]
+    ids = [submit(engine, prompt_tokens, output_tokens, rng) for _ in range(batch)]
     line = Timeline(tokens=dict.fromkeys(ids, 0))
     started = before = time.perf_counter()
     while engine.has_work():
@@ -115,7 +115,7 @@ def run_batch(engine: Engine, batch: int, prompt_tokens: int, output_tokens: int
     return line
 
 
-def _submit(engine: Engine, prompt_tokens: int, output_tokens: int, rng: random.Random) -> str:
+def submit(engine: Engine, prompt_tokens: int, output_tokens: int, rng: random.Random) -> str:
     request_id = f"bench-{next(_ids)}"
     token_ids = tuple(rng.randrange(engine.card.vocab_size) for _ in range(prompt_tokens))
     sampling = SamplingParams(max_tokens=output_tokens, temperature=0, ignore_eos=True)
@@ -231,10 +231,18 @@ def arguments() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     default = EngineConfig(model="")
-    parser.add_argument("--model", required=True, help="model folder or .gguf file")
-    parser.add_argument("--batch", type=_positive, nargs="+", default=[1, 8, 32], help="requests at once (1 8 32)")
-    parser.add_argument("--prompt", type=_positive, default=128, help="prompt tokens of a request (128)")
-    parser.add_argument("--output", type=_positive, default=128, help="output tokens of a request (128)")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", help="model folder or .gguf file")
+    what.add_argument("--shape", help="llama-3-8b, llama-3-70b or smollm2-135m, see replicas/engine/bench_shapes.py")
+    parser.add_argument("--random-weights", action="store_true", help="goes with --shape: weights drawn on the device")
+    parser.add_argument("--quant", help="goes with --shape: int4 or int8")
+    parser.add_argument("--kv-cache-dtype", default=default.kv_cache_dtype, help="auto, int8 or fp8_e4m3")
+    parser.add_argument("--prefill", type=_positive, nargs=2, help="goes with --shape: prompts, tokens of each")
+    parser.add_argument("--mixed", type=_positive, nargs=3, help="goes with --shape: requests, prompt, output tokens")
+    parser.add_argument("--peer", choices=["transformers"], help="goes with --shape: measure it in the same run")
+    parser.add_argument("--batch", type=_positive, nargs="+", help="requests at once (1 8 32)")
+    parser.add_argument("--prompt", type=_positive, help="prompt tokens of a request (128)")
+    parser.add_argument("--output", type=_positive, help="output tokens of a request (128)")
     parser.add_argument("--repeat", type=_positive, default=1, help="repetitions of every batch size (1)")
     parser.add_argument("--device", default=default.device, help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--dtype", default=default.dtype, help="auto, float32, bfloat16 or float16")
@@ -263,6 +271,7 @@ def build_engine(args: argparse.Namespace) -> Engine:
             device=args.device,
             dtype=args.dtype,
             attention=args.attention,
+            kv_cache_dtype=args.kv_cache_dtype,
             num_threads=args.threads,
             max_model_len=length,
             max_num_seqs=max(args.batch),
@@ -330,11 +339,26 @@ def answer_lines(args: argparse.Namespace) -> None:
         print("@@", json.dumps({"batch": batch, "prefill_s": prefill_s, "total_s": total_s}), flush=True)
 
 
-def main() -> int:
-    args = arguments().parse_args()
+def parsed(argv: list[str] | None = None) -> argparse.Namespace:
+    args = arguments().parse_args(argv)
     if args.json and not args.json.parent.is_dir():
         arguments().error(f"--json {str(args.json)!r}: no such folder {str(args.json.parent)!r}")
+    if args.shape is None:
+        if args.random_weights or args.quant or args.peer or args.prefill or args.mixed:
+            arguments().error("--random-weights, --quant, --peer, --prefill and --mixed go with --shape")
+        args.batch, args.prompt, args.output = args.batch or [1, 8, 32], args.prompt or 128, args.output or 128
+    elif not args.random_weights:
+        arguments().error("--shape has no weights of its own: say --random-weights")
+    return args
+
+
+def main() -> int:
+    args = parsed()
     try:
+        if args.shape is not None:
+            from replicas.engine import bench_shapes
+
+            return bench_shapes.main(args)
         if args.lines:
             answer_lines(args)
             return 0

@@ -147,5 +147,5 @@ def choose_ops(device: torch.device, dtype: torch.dtype, name: str = "auto") -> 
     if chosen == "triton":
         from replicas.engine.triton.ops import TritonOps
 
-        return TritonOps(device)
+        return TritonOps(device, dtype)
     return TorchOps(device)

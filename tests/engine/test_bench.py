@@ -158,6 +158,6 @@ def test_a_model_that_is_not_there_is_an_error_message(
 
 
 def test_more_output_than_the_model_can_hold_is_refused(make_engine: MakeEngine, tiny_model: Path) -> None:
-    args = bench.arguments().parse_args(["--model", str(tiny_model), "--prompt", "300"])
+    args = bench.parsed(["--model", str(tiny_model), "--prompt", "300"])
     with pytest.raises(ConfigError, match="256"):
         bench.build_engine(args)

@@ -9,7 +9,11 @@ import torch
 
 from replicas.engine.batch import StepBatch
 from replicas.engine.kv_format import LayerCache, allocate_caches, choose_kv_format
+from replicas.engine.quantized.weight import QuantizedWeight
 from replicas.engine.triton.attention import TritonAttention
+from replicas.engine.triton.cache import rope_and_write
+from replicas.engine.triton.ops import TritonOps
+from replicas.engine.triton.quant import TritonQuantizedLinear
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +101,7 @@ ATTENTION = (
     AttentionCase(name="smollm2 float32 prefill", q_heads=9, kv_heads=3, dim=64, dtype=torch.float32, sequences=_MIXED),
     AttentionCase(name="float32 int8", q_heads=9, kv_heads=3, dim=64, dtype=torch.float32, kv="int8", sequences=_MIXED),
     AttentionCase(name="float16, head of 80", q_heads=8, kv_heads=8, dim=80, dtype=torch.float16, sequences=_MIXED),
+    AttentionCase(name="one long context", q_heads=4, kv_heads=1, sequences=((1, 5000),)),
     AttentionCase(name="head of 256", q_heads=8, kv_heads=4, dim=256, sequences=_MIXED),
 )
 
@@ -110,6 +115,74 @@ def attention_launches(device: torch.device) -> Iterator[str]:
         yield case.name
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearCase:
+    """A quantised layer and the numbers of rows that each of its kernels is tried with. origin: none, zeros or mins."""
+
+    name: str
+    bits: int = 4
+    group: int = 128
+    origin: str = "zeros"
+    dtype: torch.dtype = torch.bfloat16
+    shape: tuple[int, int] = (384, 1024)
+    rows: tuple[int, ...] = (1, 2, 4, 8, 32, 64, 128)
+
+    def weight(self, device: torch.device, seed: int = 0) -> QuantizedWeight:
+        """Fresh random codes, of a standard deviation near 1/50 once multiplied by their scales."""
+        generator = torch.Generator(device).manual_seed(seed)
+        rows, columns = self.shape
+        groups = -(-columns // self.group)
+        most = 2**self.bits
+        scales = (torch.rand(rows, groups, generator=generator, device=device) + 0.5) * (0.07 / most)
+        zeros = torch.randint(0, most, (rows, groups), generator=generator, device=device, dtype=torch.uint8)
+        return QuantizedWeight(
+            self.bits,
+            self.group,
+            torch.randint(0, most, self.shape, generator=generator, device=device, dtype=torch.uint8),
+            scales.half(),
+            zeros if self.origin == "zeros" else None,
+            (scales * -most / 2).half() if self.origin == "mins" else None,
+        )
+
+    def inputs(self, rows: int, device: torch.device, seed: int = 1) -> torch.Tensor:
+        generator = torch.Generator(device).manual_seed(seed)
+        return torch.randn(rows, self.shape[1], generator=generator, device=device).to(self.dtype)
+
+
+LINEAR = (
+    LinearCase(name="AWQ, GPTQ"),
+    LinearCase(name="int8", bits=8, group=1 << 20, origin="none"),
+    LinearCase(name="symmetric, float16", origin="none", dtype=torch.float16),
+    LinearCase(name="Q4_1, float32", group=32, origin="mins", dtype=torch.float32, rows=(1, 8, 128)),
+    LinearCase(name="2 bits", bits=2, group=64, rows=(1, 8, 128)),
+)
+
+
+def linear_launches(device: torch.device) -> Iterator[str]:
+    for case in LINEAR:
+        linear = TritonQuantizedLinear(case.weight(device), None, device, case.dtype)
+        for rows in case.rows:
+            linear(case.inputs(rows, device))
+        yield case.name
+
+
+def small_launches(device: torch.device) -> Iterator[str]:
+    """Norms, rotary embeddings and SiLU · up at Llama's and SmolLM2's sizes."""
+    for dtype, hidden, heads, kv_heads, dim in ((torch.bfloat16, 4096, 32, 8, 128), (torch.float32, 576, 9, 3, 64)):
+        ops = TritonOps(device, dtype)
+        x, weight = torch.ones(3, hidden, dtype=dtype, device=device), torch.ones(hidden, dtype=dtype, device=device)
+        ops.rms_norm(x, weight, 1e-5)
+        ops.add_rms_norm(x, x.clone(), weight, 1e-5)
+        ops.silu_mul(torch.ones(3, 2 * hidden, dtype=dtype, device=device))
+        q, k = (torch.ones(3, n, dim, dtype=dtype, device=device) for n in (heads, kv_heads))
+        cos_sin, positions = torch.ones(8, dim, device=device), torch.arange(3, device=device)
+        ops.rope(q, k, cos_sin, positions)
+        for kv in ("auto", "fp8_e4m3"):
+            case = AttentionCase(name="", kv_heads=kv_heads, dim=dim, dtype=dtype, kv=kv, sequences=((3, 16),))
+            rope_and_write(q, k, k, cos_sin, positions, positions, case.cache(device))
+        yield f"small operations, {str(dtype).removeprefix('torch.')}"
+
+
 def launch_everything(device: torch.device) -> list[str]:
     """Launch each kernel; the names of what was launched."""
-    return [*attention_launches(device)]
+    return [*attention_launches(device), *linear_launches(device), *small_launches(device)]

@@ -8,6 +8,7 @@ from torch import Tensor
 from replicas.engine.ops import Linear, TorchLinear
 from replicas.engine.quantized.torch_linear import TorchQuantizedLinear
 from replicas.engine.quantized.weight import QuantizedWeight
+from replicas.engine.triton import quant
 from replicas.engine.triton.device import next_power_of_2
 
 _TILE = 1024
@@ -17,16 +18,19 @@ class TritonOps:
     """See `replicas.engine.ops.Ops` for the contract."""
 
     name = "triton"
-    multiplies_quantized = False
+    multiplies_quantized = True
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._device, self._dtype = device, dtype
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         return TorchLinear(weight, bias)
 
     def quantized_linear(self, weight: QuantizedWeight, bias: Tensor | None) -> Linear:
-        return TorchQuantizedLinear(weight.to(self._device), bias)
+        if quant.obstacle(weight):
+            return TorchQuantizedLinear(weight.to(self._device), bias)
+        crossover = quant.device_crossover() if self._device.type == "cuda" else None
+        return quant.TritonQuantizedLinear(weight, bias, self._device, self._dtype, crossover)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -12,7 +12,7 @@ from replicas.engine.ops import TorchOps
 from replicas.engine.triton.cache import rope_and_write
 from replicas.engine.triton.ops import TritonOps
 
-OPS, TORCH = TritonOps(torch.device("cpu")), TorchOps()
+OPS, TORCH = TritonOps(torch.device("cpu"), torch.float32), TorchOps()
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 # One rounding of the type: sums may be taken in another order.
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}

@@ -85,7 +85,7 @@ def few_rows(
     tl.store(parts + at, acc, mask=inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def some_rows(
     x,
     packed,
@@ -134,7 +134,7 @@ def some_rows(
     tl.store(parts + at, acc, mask=(m < rows)[:, None] & inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "rows"])
 def add_parts(parts, bias, out, splits, rows, N, BIASED: tl.constexpr, BLOCK: tl.constexpr):
     """Grid (rows, ceil(N / BLOCK)): out = the sum of parts [splits, rows, N] (+ bias)."""
     row = tl.program_id(0)

@@ -1,0 +1,141 @@
+"""Every kernel against float64 on fresh random inputs, on whatever device it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from replicas.engine.attention import Attention, TorchAttention
+from replicas.engine.kv_format import LayerCache
+from replicas.engine.ops import TorchOps
+from replicas.engine.triton.attention import TritonAttention
+from replicas.engine.triton.cache import rope_and_write, write_cache
+from replicas.engine.triton.cases import ATTENTION, LINEAR, AttentionCase, LinearCase
+from replicas.engine.triton.ops import TritonOps
+from replicas.engine.triton.quant import KERNELS, TritonQuantizedLinear
+
+LIMITS = {torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """error: the largest difference over the largest exact number. limit: what it may be."""
+
+    name: str
+    error: float
+    limit: float
+
+    @property
+    def good(self) -> bool:
+        return self.error <= self.limit  # and NaN is not
+
+
+def relative(actual: Tensor, exact: Tensor) -> float:
+    if not torch.isfinite(actual).all():
+        return float("nan")
+    return ((actual.double() - exact).abs().max() / exact.abs().max()).item()
+
+
+def wide(cache: LayerCache) -> LayerCache:
+    """The numbers that a cache stands for, in float64."""
+    if cache.format is None or cache.key_scales is None or cache.value_scales is None:
+        return LayerCache(cache.keys.double(), cache.values.double())
+    decode = cache.format.decode
+    return LayerCache(decode(cache.keys, cache.key_scales).double(), decode(cache.values, cache.value_scales).double())
+
+
+def check_attention(case: AttentionCase, attention: Attention, device: torch.device, seed: int) -> Measured:
+    q, k, v = case.make(device, seed)
+    cache, batch, scale = case.cache(device, seed + 1), case.batch(device), case.dim**-0.5
+    out = attention(q, k, v, cache, batch, scale=scale, window=case.window)
+    exact_cache = wide(cache)
+    new_k, new_v = (t.flatten(0, 1)[batch.slot_mapping] for t in (exact_cache.keys, exact_cache.values))
+    exact = TorchAttention()(q.double(), new_k, new_v, exact_cache, batch, scale=scale, window=case.window)
+    return Measured(f"{attention.name}: {case.name}", relative(out, exact), LIMITS[case.dtype])
+
+
+def check_linear(case: LinearCase, kernel: str, rows: int, device: torch.device, seed: int) -> Measured:
+    weight, x = case.weight(device, seed), case.inputs(rows, device, seed + 1)
+    linear = TritonQuantizedLinear(weight, None, device, case.dtype)
+    exact = x.double() @ weight.dequantise().double().T
+    return Measured(f"{kernel}: {case.name}, {rows} rows", relative(linear.run(kernel, x), exact), LIMITS[case.dtype])
+
+
+def check_small(dtype: torch.dtype, device: torch.device, seed: int) -> Iterator[Measured]:
+    """Norms, rotary embeddings and SiLU · up against the reference in float64."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device).to(dtype)
+
+    ops, exact, limit = TritonOps(device, dtype), TorchOps(device), LIMITS[dtype]
+    name = str(dtype).removeprefix("torch.")
+    x, residual, weight, gate_up = normal(5, 576), normal(5, 576), normal(576), normal(5, 3072)
+    q, k, cos_sin, positions = normal(5, 6, 64), normal(5, 2, 64), normal(9, 64).float(), torch.arange(5, device=device)
+    want_norm = exact.rms_norm(x.double(), weight.double(), 1e-5)
+    want_sum, want_residual = exact.add_rms_norm(x.double(), residual.double(), weight.double(), 1e-5)
+    want_q, want_k = exact.rope(q.double(), k.double(), cos_sin, positions)
+    yield Measured(f"rms_norm, {name}", relative(ops.rms_norm(x, weight, 1e-5), want_norm), limit)
+    yield Measured(f"silu_mul, {name}", relative(ops.silu_mul(gate_up), exact.silu_mul(gate_up.double())), limit)
+    got_sum, got_residual = ops.add_rms_norm(x, residual, weight, 1e-5)
+    yield Measured(f"add_rms_norm, {name}", relative(got_sum, want_sum), limit)
+    yield Measured(f"sum of add_rms_norm, {name}", relative(got_residual, want_residual), limit)
+    got_q, got_k = ops.rope(q.clone(), k.clone(), cos_sin, positions)
+    yield Measured(f"rope of queries, {name}", relative(got_q, want_q), limit)
+    yield Measured(f"rope of keys, {name}", relative(got_k, want_k), limit)
+    for kv in ("auto", "int8", "fp8_e4m3"):
+        yield from _check_cache(AttentionCase(name=kv, kv_heads=2, dim=64, dtype=dtype, kv=kv), q, k, cos_sin, device)
+
+
+def _check_cache(
+    case: AttentionCase, q: Tensor, k: Tensor, cos_sin: Tensor, device: torch.device
+) -> Iterator[Measured]:
+    name, slots = f"{case.kv}, {str(case.dtype).removeprefix('torch.')}", torch.arange(3, 3 + len(k), device=device)
+    positions = torch.arange(len(k), device=device)
+    mine, wanted = case.cache(device), case.cache(device)
+    write_cache(mine, slots, k, k)
+    wanted.write(slots, k, k)
+    yield Measured(f"cache written, {name}", _unlike(mine, wanted), 0.0)
+    turned = TorchOps(device).rope(q, k, cos_sin, positions)[1]
+    mine, wanted = case.cache(device), case.cache(device)
+    rope_and_write(q.clone(), k, k, cos_sin, positions, slots, mine)
+    wanted.write(slots, turned, k)
+    exact = wide(wanted).keys
+    step = {"auto": 1e-2, "int8": 1 / 100, "fp8_e4m3": 1 / 12}[case.kv]  # one step of the grid, where rounding differs
+    yield Measured(f"cache written with rope, {name}", relative(wide(mine).keys, exact), step)
+
+
+def _unlike(one: LayerCache, other: LayerCache) -> float:
+    """Share of stored numbers that are not the same bits."""
+    pairs = [(one.keys, other.keys), (one.values, other.values)]
+    if one.key_scales is not None and other.key_scales is not None:
+        pairs.append((one.key_scales, other.key_scales))
+    return max((a != b).double().mean().item() for a, b in pairs)
+
+
+def checks(device: torch.device, seed: int) -> dict[str, list[Callable[[], list[Measured]]]]:
+    """All checks by kind; each is to be called on its own, as any may fail."""
+
+    def attention(case: AttentionCase) -> Callable[[], list[Measured]]:
+        return lambda: [check_attention(case, TritonAttention(device), device, seed)]
+
+    def linear(case: LinearCase, kernel: str, rows: int) -> Callable[[], list[Measured]]:
+        return lambda: [check_linear(case, kernel, rows, device, seed)]
+
+    def small(dtype: torch.dtype) -> Callable[[], list[Measured]]:
+        return lambda: [*check_small(dtype, device, seed)]
+
+    return {
+        "attention": [attention(case) for case in ATTENTION],
+        "linear": [
+            linear(case, kernel, rows)
+            for case in LINEAR
+            for kernel, most in KERNELS.items()
+            for rows in case.rows
+            if rows <= most
+        ],
+        "small": [small(dtype) for dtype in LIMITS],
+    }
