@@ -14,6 +14,8 @@ For every batch size, that many requests (random token ids, greedy, end of seque
 `first token` is the time from the start of this process to the first token of a first request: interpreter, imports,
 loading, everything. With --repeat, each figure is the median of the repetitions.
 
+--shape NAME --random-weights measures a GPU (or a CPU) without a download: see replicas/engine/bench_shapes.py.
+
 --lines turns it into a worker for comparisons (load/bench_engine.py): one JSON line when ready, then for each batch
 size read from standard input one with the seconds to first tokens and to all tokens. Lines begin with "@@ ".
 """

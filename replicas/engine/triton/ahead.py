@@ -1,6 +1,6 @@
 """Compile kernels for a GPU that is not there: what Triton and ptxas accept, and what they make of it.
 
-    TRITON_INTERPRET=0 python -m replicas.engine.triton.ahead [--capability 90]
+    TRITON_INTERPRET=0 python -m replicas.engine.triton.ahead [--capability 90] [--few]
 
 runs the launching code on small CPU tensors with every launch replaced by a compilation, and prints a line a kernel:
 registers, bytes spilled to local memory, shared memory. It says nothing about results or speed.
@@ -96,15 +96,16 @@ def _measure(name: str, constants: str, cubin: bytes, shared: int) -> Compiled:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capability", type=int, default=90, help="compute capability times ten (90: Hopper)")
+    parser.add_argument("--few", action="store_true", help="each kernel once or twice, not in every form")
     args = parser.parse_args()
     if interpreting():
         print("error: unset TRITON_INTERPRET: the interpreter compiles nothing", file=sys.stderr)
         return 1
-    from replicas.engine.triton.cases import launch_everything
+    from replicas.engine.triton.cases import launch_each, launch_everything
 
     os.environ.setdefault("TRITON_CACHE_DIR", str(Path(tempfile.gettempdir()) / "signalbox-triton-ahead"))
     with compiling_for(args.capability) as found, torch.inference_mode():
-        launch_everything(torch.device("cpu"))
+        (launch_each if args.few else launch_everything)(torch.device("cpu"))
     for kernel in sorted(found, key=lambda k: (k.kernel, k.constants)):
         print(
             f"{kernel.kernel:18} {kernel.registers:4} registers {kernel.local_bytes:5} B local "

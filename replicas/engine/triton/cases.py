@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -106,8 +106,8 @@ ATTENTION = (
 )
 
 
-def attention_launches(device: torch.device) -> Iterator[str]:
-    for case in ATTENTION:
+def attention_launches(device: torch.device, cases: Sequence[AttentionCase] = ATTENTION) -> Iterator[str]:
+    for case in cases:
         q, k, v = case.make(device)
         TritonAttention(device)(
             q, k, v, case.cache(device), case.batch(device), scale=case.dim**-0.5, window=case.window
@@ -158,17 +158,20 @@ LINEAR = (
 )
 
 
-def linear_launches(device: torch.device) -> Iterator[str]:
-    for case in LINEAR:
+def linear_launches(device: torch.device, cases: Sequence[LinearCase] = LINEAR) -> Iterator[str]:
+    for case in cases:
         linear = TritonQuantizedLinear(case.weight(device), None, device, case.dtype)
         for rows in case.rows:
             linear(case.inputs(rows, device))
         yield case.name
 
 
-def small_launches(device: torch.device) -> Iterator[str]:
-    """Norms, rotary embeddings and SiLU · up at Llama's and SmolLM2's sizes."""
-    for dtype, hidden, heads, kv_heads, dim in ((torch.bfloat16, 4096, 32, 8, 128), (torch.float32, 576, 9, 3, 64)):
+_SMALL = ((torch.bfloat16, 4096, 32, 8, 128), (torch.float32, 576, 9, 3, 64))
+
+
+def small_launches(device: torch.device, models: Sequence[tuple[torch.dtype, int, int, int, int]]) -> Iterator[str]:
+    """Norms, rotary embeddings and SiLU · up. models: type, hidden size, heads, KV heads, head size of each."""
+    for dtype, hidden, heads, kv_heads, dim in models:
         ops = TritonOps(device, dtype)
         x, weight = torch.ones(3, hidden, dtype=dtype, device=device), torch.ones(hidden, dtype=dtype, device=device)
         ops.rms_norm(x, weight, 1e-5)
@@ -184,5 +187,17 @@ def small_launches(device: torch.device) -> Iterator[str]:
 
 
 def launch_everything(device: torch.device) -> list[str]:
-    """Launch each kernel; the names of what was launched."""
-    return [*attention_launches(device), *linear_launches(device), *small_launches(device)]
+    """Launch each kernel in every form; the names of what was launched."""
+    return [*attention_launches(device), *linear_launches(device), *small_launches(device, _SMALL)]
+
+
+def launch_each(device: torch.device) -> list[str]:
+    """Launch each kernel once or twice, as Llama-3-8B has it in bfloat16."""
+    names = ("llama-3-8b decode", "llama-3-8b prefill", "llama-3-8b decode fp8", "one long context")
+    attention = [case for case in ATTENTION if case.name in names]
+    linear = replace(LINEAR[0], rows=(1, 8, 128))
+    return [
+        *attention_launches(device, attention),
+        *linear_launches(device, [linear]),
+        *small_launches(device, _SMALL[:1]),
+    ]
