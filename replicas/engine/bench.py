@@ -38,9 +38,10 @@ from typing import Any
 
 import torch
 
-from replicas.engine.bench_cost import Cost, decode_step, prompt
+from replicas.engine.bench_cost import Cost, Held, decode_step, prompt
 from replicas.engine.config import EngineConfig
 from replicas.engine.engine import Engine
+from replicas.engine.loading import Loaded
 from replicas.engine.model_config import ModelConfig
 from replicas.protocol import GenerateRequest, SamplingParams, SignalboxError
 
@@ -93,6 +94,7 @@ def best_s(function: Callable[[], object], device: torch.device, tries: int = 7)
 def run_batch(engine: Engine, batch: int, prompt_tokens: int, output_tokens: int, rng: random.Random) -> Timeline:
     """Submit `batch` requests at once and step until all are done."""
     config, element_size = engine.loaded.decoder.config, engine.loaded.dtype.itemsize
+    held = _held(engine.loaded)
     ids = [submit(engine, prompt_tokens, output_tokens, rng) for _ in range(batch)]
     line = Timeline(tokens=dict.fromkeys(ids, 0))
     started = before = time.perf_counter()
@@ -111,7 +113,7 @@ def run_batch(engine: Engine, batch: int, prompt_tokens: int, output_tokens: int
         if all_decode:
             line.decode_s += now - before
             line.decode_tokens += sum(len(chunk.token_ids) for chunk in chunks)
-            line.decode_cost += decode_step(config, contexts, element_size)
+            line.decode_cost += decode_step(config, contexts, element_size, held)
         before = now
     line.total_s = before - started
     return line
@@ -153,6 +155,11 @@ def summarise(
             "decode_flops_share": flops_per_s / ceilings.flops_per_s,
         }
     return figures
+
+
+def _held(loaded: Loaded) -> Held:
+    decoder = loaded.decoder
+    return Held(decoder.layer_bytes + decoder.head_bytes, loaded.kv_bytes_per_token // decoder.num_layers)
 
 
 def bench_batch(
@@ -248,6 +255,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--repeat", type=_positive, default=1, help="repetitions of every batch size (1)")
     parser.add_argument("--device", default=default.device, help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--dtype", default=default.dtype, help="auto, float32, bfloat16 or float16")
+    parser.add_argument(
+        "--quantization", default="none", help="auto, none or int8 (none: a GGUF in full, as other engines get it)"
+    )
     parser.add_argument("--attention", default=default.attention, help="attention backend (auto)")
     parser.add_argument("--threads", type=_positive, help="CPU threads (torch's own choice)")
     parser.add_argument("--budget", type=_positive, help="tokens of one step (the engine's own choice)")
@@ -270,6 +280,7 @@ def build_engine(args: argparse.Namespace) -> Engine:
     return Engine(
         EngineConfig(
             model=args.model,
+            quantization=args.quantization,
             device=args.device,
             dtype=args.dtype,
             attention=args.attention,
@@ -296,7 +307,8 @@ def describe(engine: Engine, args: argparse.Namespace) -> dict[str, Any]:
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "ops": loaded.ops,
         "attention": loaded.attention,
-        "weight_bytes": loaded.decoder.config.matmul_parameters * loaded.dtype.itemsize,
+        "quantization": args.quantization,
+        "weight_bytes": _held(loaded).weight_bytes,
         "prompt": args.prompt,
         "output": args.output,
         "repeat": args.repeat,

@@ -28,7 +28,8 @@ class Decoder:
     """A model's weights on one device and the function from a step's tokens to logits.
 
     num_layers, num_kv_heads, head_dim: the shape of the cache it writes. weight_bytes: all weights as held, tied ones
-    once; layer_bytes: those of the layers' matrices. max_model_len: positions its rotary table covers.
+    once; layer_bytes, head_bytes: those of the matrices of the layers and of the head. max_model_len: positions its
+    rotary table covers.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Decoder:
             else:
                 self._head = loader.linear(["lm_head"], bias=False)
                 self._embed = partial(_rows, loader.tensor("model.embed_tokens.weight"))
+            self.head_bytes = self._head.nbytes
             cos_sin = rope_table(config, self.max_model_len).to(device)
         self._stack = choose_stack(Weights(layers, final_norm, cos_sin), config, ops, attention)
         self.weight_bytes = loader.bytes_read

@@ -54,6 +54,37 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random, in full precision; every layer has multiples of 32 inputs and outputs, as 2-bit words want them."""
+    folder = tmp_path_factory.mktemp("small")
+    from safetensors.torch import save_file
+
+    from replicas.engine.model_config import config_from_hf
+    from replicas.engine.weights import expected_tensors
+
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 257,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "eos_token_id": EOS,
+    }
+    generator = torch.Generator().manual_seed(1)
+    tensors = {
+        name: torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * 0.3
+        for name, shape in expected_tensors(config_from_hf(config)).items()
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors")
+    write_byte_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def oracle(tiny_model: Path) -> Reference:
     return Reference.load(tiny_model)
 

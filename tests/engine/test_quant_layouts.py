@@ -12,44 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from replicas.engine import Engine, EngineConfig, SamplingParams
-from replicas.engine.model_config import config_from_hf
 from replicas.engine.quantized.checkpoint import seen_as
 from replicas.engine.quantized.weight import QuantizedWeight
 from replicas.engine.reference import Reference
 from replicas.engine.weights import expected_tensors, open_checkpoint
 from replicas.protocol import ConfigError
-from tests.engine.conftest import EOS, write_byte_tokenizer
 from tests.engine.quant_packers import LAYOUTS, compressed_config, write_quantized
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
 PROMPTS = ["a", "hello world", "the quick brown fox jumps over the lazy dog, again and again"]
 Q = "model.layers.0.self_attn.q_proj"
-
-
-@pytest.fixture(scope="module")
-def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random, in full precision; every layer has multiples of 32 inputs and outputs, as 2-bit words want them."""
-    folder = tmp_path_factory.mktemp("small")
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": 257,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "eos_token_id": EOS,
-    }
-    generator = torch.Generator().manual_seed(1)
-    tensors = {
-        name: torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * 0.3
-        for name, shape in expected_tensors(config_from_hf(config)).items()
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "model.safetensors")
-    write_byte_tokenizer(folder)
-    return folder
 
 
 @pytest.fixture
