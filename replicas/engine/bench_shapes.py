@@ -17,6 +17,7 @@ Every figure is the median over --repeat runs. Weights are drawn on the device f
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import random
 import statistics
@@ -33,7 +34,7 @@ from replicas.engine.bench_cost import Cost, Held, decode_step, prompt
 from replicas.engine.config import EngineConfig
 from replicas.engine.engine import Engine
 from replicas.engine.loading import choose_device, choose_dtype, load
-from replicas.engine.random_weights import RandomCheckpoint, byte_tokenizer, shape_config
+from replicas.engine.random_weights import RandomCheckpoint, byte_tokenizer, check, shape_config
 
 _CUDA = {"batches": [1, 2, 4, 8, 16, 32, 64, 128, 256], "prompt": 512, "output": 128}
 _CPU = {"batches": [1, 2, 4], "prompt": 32, "output": 16}
@@ -264,10 +265,18 @@ def _transformers_model(shape: str, device: torch.device, dtype: torch.dtype) ->
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Everything as one JSON-ready dict. A part that fails is reported and the others go on."""
+    check(args.shape, args.quant)  # before minutes are spent
+    device = choose_device(args.device)
+    dtype = choose_dtype(args.dtype, device)
+    started = time.perf_counter()
+    ceilings = measure_ceilings(device, dtype)
+    free_memory(device)  # the engine takes what is there
+    measuring_s = time.perf_counter() - started
     engine = build_engine(args)
     loaded = engine.loaded
     plan = _plan(args, loaded.device)
     bench.run_batch(engine, 1, 8, 1, random.Random(0))
+    since = bench.seconds_since_process_start()
     report: dict[str, Any] = {
         **bench.machine(),
         "shape": args.shape,
@@ -279,9 +288,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "kv_tokens": engine.pool.num_blocks * engine.config.block_size,
         "weight_bytes": loaded.decoder.weight_bytes,
         "repeat": args.repeat,
-        "first_token_s": bench.seconds_since_process_start(),
+        "first_token_s": None if since is None else since - measuring_s,
     }
-    ceilings = measure_ceilings(loaded.device, loaded.dtype)
     report["ceilings"] = {"bytes_per_s": ceilings.bytes_per_s, "flops_per_s": ceilings.flops_per_s}
     parts: dict[str, Callable[[], Any]] = {
         "sweep": lambda: sweep(engine, plan["batches"], plan["prompt"], plan["output"], args.repeat, ceilings),
@@ -292,14 +300,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for name, part in parts.items():
         report[name] = attempt(part)
     if args.peer == "transformers":
-        device, dtype = loaded.device, loaded.dtype
         del engine, loaded, parts
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(device)
         report["peer"] = attempt(lambda: peer_transformers(args, device, dtype))
         if "tokens_per_s" in report["peer"] and "tokens_per_s" in report["mixed"]:
             report["peer"]["ours_over_it"] = report["mixed"]["tokens_per_s"] / report["peer"]["tokens_per_s"]
     return report
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what nobody holds any more; an engine and its graphs refer to each other."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def attempt(part: Callable[[], Any]) -> Any:

@@ -11,8 +11,8 @@ Parts, each reported on its own; one that fails or runs out of time does not sto
             of the SmolLM2-135M shape
   load      Llama-3-8B's shape with the KV cache as large as it will be, steps of full size, sampler with everything on:
             no out-of-memory error
-  bench …   replicas.engine.bench in processes of their own: 8B bfloat16 with transformers beside it, 8B INT4, 8B with
-            8-bit keys and values, 70B INT4
+  bench …   replicas.engine.bench in processes of their own: 8B bfloat16 with transformers beside it, 8B INT4, 70B INT4,
+            8B with 8-bit keys and values; shorter than its defaults, so that all parts fit into ten minutes
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ import torch
 
 from replicas.engine import bench, flash
 from replicas.engine.attention import obstacles
+from replicas.engine.bench_shapes import free_memory
 from replicas.engine.config import EngineConfig
 from replicas.engine.engine import Engine
 from replicas.engine.loading import load
@@ -46,12 +47,14 @@ from replicas.protocol import GenerateRequest, SamplingParams
 _PROMPTS, _TOKENS = (1, 5, 17, 40, 64, 130), 32
 _MAX_LEN = 512
 _TIE = 1e-3  # of the reference's two best logits: rounding may decide between them
+_SHORT = ["--repeat", "2", "--output", "64", "--mixed", "64", "512", "64"]
 BENCHES: dict[str, list[str]] = {
-    "bench 8b": ["llama-3-8b", "--repeat", "3", "--peer", "transformers", "--batch", "1", "16", "64", "256"],
-    "bench 8b int4": ["llama-3-8b", "--quant", "int4", "--repeat", "3", "--batch", "1", "4", "16", "64", "256"],
-    "bench 8b fp8 kv": ["llama-3-8b", "--kv-cache-dtype", "fp8_e4m3", "--repeat", "3", "--batch", "1", "64", "256"],
-    "bench 70b int4": ["llama-3-70b", "--quant", "int4", "--batch", "1", "16", "--prefill", "2", "2048",
-                       "--mixed", "32", "512", "64"],
+    "bench 8b": ["llama-3-8b", "--repeat", "2", "--output", "64", "--batch", "1", "64", "256",
+                 "--peer", "transformers"],
+    "bench 8b int4": ["llama-3-8b", "--quant", "int4", *_SHORT, "--batch", "1", "4", "16", "64", "256"],
+    "bench 70b int4": ["llama-3-70b", "--quant", "int4", "--batch", "1", "--prefill", "2", "2048",
+                       "--mixed", "8", "512", "64"],
+    "bench 8b fp8 kv": ["llama-3-8b", "--kv-cache-dtype", "fp8_e4m3", *_SHORT, "--batch", "1", "256"],
 }  # fmt: skip
 
 
@@ -221,8 +224,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         print(f"{name}: {'good' if found['good'] else 'BAD'} in {time.monotonic() - started:.0f} s", flush=True)
         if args.json:  # after every part, so that whoever stops us keeps what there is
             args.json.write_text(json.dumps(report, indent=1, default=str) + "\n")
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(device)  # for the next part, which may be another process
     return report
 
 

@@ -70,6 +70,17 @@ def shape_config(name: str) -> ModelConfig:
     return config_from_hf(dict(SHAPES[name]))
 
 
+def check(shape: str, quant: str | None) -> None:
+    """ConfigError for names that are not known."""
+    shape_config(shape)
+    _check_quant(quant)
+
+
+def _check_quant(quant: str | None) -> None:
+    if quant is not None and quant not in QUANTS:
+        raise ConfigError(f"quant {quant!r} is not supported; use {', '.join(QUANTS)}", param="quant")
+
+
 class RandomCheckpoint:
     """A `weights.Checkpoint` whose tensors are drawn when asked for; the same seed draws the same ones on one device.
 
@@ -84,8 +95,7 @@ class RandomCheckpoint:
     def __init__(
         self, config: ModelConfig, device: torch.device, dtype: torch.dtype, *, quant: str | None = None, seed: int = 0
     ) -> None:
-        if quant is not None and quant not in QUANTS:
-            raise ConfigError(f"quant {quant!r} is not supported; use {', '.join(QUANTS)}", param="quant")
+        _check_quant(quant)
         self.config, self.quantization = config, quant
         self.revision = f"random-{seed}"
         self._device, self._dtype, self._quant = device, dtype, quant

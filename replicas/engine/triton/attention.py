@@ -132,13 +132,13 @@ class TritonAttention:
             *(*_tensors(cache), batch.block_tables, batch.query_start, batch.context_lens),
             *(scale * _LOG2E, window or 0),
             *_strides(q, out, cache, batch),
-            SPLITS=splits,
+            WHOLE=splits == 1,
             **_constants(q, cache, tiles, window),
         )
         if splits > 1:
             merge[(rows, heads)](
-                *(parts, sums[0], sums[1], out, out.stride(0)),
-                SPLITS=splits,
+                *(parts, sums[0], sums[1], out, out.stride(0), splits),
+                MOST_SPLITS=_MOST_SPLITS,
                 HEAD_DIM=dim,
                 BLOCK_D=tiles.block_d,
                 num_warps=4,

@@ -99,7 +99,7 @@ def _walk(
     return acc, peak, total
 
 
-@triton.jit(do_not_specialize=["num_seqs", "window"])
+@triton.jit(do_not_specialize=["num_seqs", "window", "table_stride"])
 def prefill(
     q,
     out,
@@ -202,7 +202,7 @@ def prefill(
         tl.store(out + out_rows[:, None] + dims[None, :], result.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["window"])
+@triton.jit(do_not_specialize=["window", "table_stride"])
 def decode(
     q,
     out,
@@ -228,7 +228,7 @@ def decode(
     head_stride,
     scale_block_stride,
     scale_token_stride,
-    SPLITS: tl.constexpr,
+    WHOLE: tl.constexpr,
     WINDOWED: tl.constexpr,
     CODE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -241,10 +241,10 @@ def decode(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid (sequences, KV heads, SPLITS): at most QUERIES tokens a sequence, its context in SPLITS even parts.
+    """Grid (sequences, KV heads, splits): at most QUERIES tokens a sequence, its context in even parts.
 
-    The grid depends on nothing that changes from step to step; a part without keys only says so. SPLITS 1 writes `out`;
-    else parts [T, heads, SPLITS, D], part_peaks and part_totals [T, heads, SPLITS] are left for `merge`.
+    The grid depends on nothing that changes from step to step; a part without keys only says so. WHOLE, for one part,
+    writes `out`; else parts [T, heads, splits, D], part_peaks and part_totals [T, heads, splits] are left for `merge`.
     """
     seq = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -265,7 +265,8 @@ def decode(
     lowest = 0
     if WINDOWED:
         lowest = tl.maximum(length - count - window + 1, 0) // BLOCK_N * BLOCK_N
-    share = tl.cdiv(tl.cdiv(length - lowest, BLOCK_N), SPLITS) * BLOCK_N
+    splits = tl.num_programs(2)
+    share = tl.cdiv(tl.cdiv(length - lowest, BLOCK_N), splits) * BLOCK_N
     begin = lowest + split * share
     end = tl.minimum(begin + share, length)
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
@@ -279,40 +280,42 @@ def decode(
     )  # fmt: skip
     if CODE == 2:
         acc *= FP8_FACTOR
-    if SPLITS == 1:
+    if WHOLE:
         result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
         out_rows = row * out_token_stride + head * HEAD_DIM
         tl.store(out + out_rows[:, None] + dims[None, :], result.to(out.dtype.element_ty), mask=mask)
     else:
-        part = (row * (tl.num_programs(1) * GROUP) + head) * SPLITS + split
+        part = (row * (tl.num_programs(1) * GROUP) + head) * splits + split
         tl.store(parts + part[:, None] * HEAD_DIM + dims[None, :], acc, mask=mask)
         tl.store(part_peaks + part, peak, mask=valid)
         tl.store(part_totals + part, total, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def merge(
     parts,
     part_peaks,
     part_totals,
     out,
     out_token_stride,
-    SPLITS: tl.constexpr,
+    splits,
+    MOST_SPLITS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Grid (T, heads): the softmax-weighted mean of a row's parts."""
+    """Grid (T, heads): the softmax-weighted mean of a row's parts, of which there are at most MOST_SPLITS."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
-    splits = tl.arange(0, SPLITS)
+    each = tl.arange(0, MOST_SPLITS)
+    there = each < splits
     dims = tl.arange(0, BLOCK_D)
     real = dims < HEAD_DIM
-    part = (row * tl.num_programs(1) + head) * SPLITS + splits
-    peaks = tl.load(part_peaks + part)
-    totals = tl.load(part_totals + part)
+    part = (row * tl.num_programs(1) + head) * splits + each
+    peaks = tl.load(part_peaks + part, mask=there, other=float("-inf"))
+    totals = tl.load(part_totals + part, mask=there, other=0.0)
     peak = tl.max(peaks, axis=0)
     factors = tl.exp2(peaks - tl.where(peak == float("-inf"), 0.0, peak))
-    acc = tl.load(parts + part[:, None] * HEAD_DIM + dims[None, :], mask=real[None, :], other=0.0)
+    acc = tl.load(parts + part[:, None] * HEAD_DIM + dims[None, :], mask=there[:, None] & real[None, :], other=0.0)
     total = tl.sum(totals * factors, axis=0)
     result = tl.sum(acc * factors[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
     tl.store(out + row * out_token_stride + head * HEAD_DIM + dims, result.to(out.dtype.element_ty), mask=real)
