@@ -23,8 +23,15 @@ UNAVAILABLE = {
     }
 }
 
-# A request id that the log lines and headers of everything behind the proxy can carry unharmed; others are dropped.
-_REQUEST_ID = "http-request del-header x-request-id unless { req.hdr(x-request-id) -m reg ^[A-Za-z0-9._:-]{1,128}$ }"
+# What every request goes through.
+_REQUEST_RULES = (
+    # A request id that the log lines and headers of everything behind the proxy can carry unharmed; others are dropped.
+    "http-request del-header x-request-id unless { req.hdr(x-request-id) -m reg ^[A-Za-z0-9._:-]{1,128}$ }",
+    # Serve would watch each client with two tasks and a queue, whatever the caller says here; the gateway does itself.
+    "http-request set-header x-request-disconnect-disabled ?1",
+    # Serve's own deadline, which would answer in Serve's words.
+    "http-request del-header x-request-timeout-seconds",
+)
 
 
 def unavailable_response() -> bytes:
@@ -47,6 +54,7 @@ def rewrite(config: str, error_file: str, host: str) -> str:
     to all interfaces must not come back unnoticed.
     """
     address = f"[{host}]" if ":" in host else host
+    requests = "".join(rf"\n\2{rule}" for rule in _REQUEST_RULES)
     rules = (
         (
             r"^(\s*bind) (?:\*|):(\d+)[ \t]*$(?=\n\s*(?:mode http\n\s*http-request use-service|stats enable))",
@@ -58,7 +66,7 @@ def rewrite(config: str, error_file: str, host: str) -> str:
         (r"^(\s*errorfile 50[234]) .*$", rf"\1 {error_file}", 3),
         # With splicing, abortonclose misses about half of the clients that hang up before an answer begins.
         (r"^[ \t]*option splice-(?:request|response)[ \t]*\n", "", 2),
-        (r"^(frontend http_frontend\n(\s+)bind) \S+:(\d+)$", rf"\1 {address}:\3\n\2{_REQUEST_ID}", 1),
+        (r"^(frontend http_frontend\n(\s+)bind) \S+:(\d+)$", rf"\1 {address}:\3{requests}", 1),
     )
     for pattern, replacement, expected in rules:
         config, count = re.subn(pattern, replacement, config, flags=re.MULTILINE)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
-from contextlib import AsyncExitStack, aclosing
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -136,32 +136,32 @@ class Answering:
         self._fleet = fleet
         self._metrics = metrics
 
-    async def open(self, asked: Asked, stack: AsyncExitStack, safety_scale: Callable[[ModelGroup], float]) -> Opened:
-        """The first model of the selection that begins to answer; `stack` closes its stream.
+    async def open(self, asked: Asked, safety_scale: Callable[[ModelGroup], float]) -> Opened:
+        """The first model of the selection that begins to answer; its stream is the caller's to close.
 
         Raises what the last one raised when none does.
         """
         selection = await self._downgraded(asked, await self._select(asked, safety_scale))
         if selection.cascade is None:
-            return await self._first(asked, selection, selection.models, stack)
+            return await self._first(asked, selection, selection.models)
         unsure: list[Chunk] = []
-        kept = await self._provisional(asked, selection, stack, unsure)
+        kept = await self._provisional(asked, selection, unsure)
         if kept is not None:
             return kept
         try:
-            opened = await self._first(asked, selection, selection.models[1:], stack, patient=not unsure)
+            opened = await self._first(asked, selection, selection.models[1:], patient=not unsure)
         except (Unavailable, BudgetExceeded, RateLimited, ContextLengthExceeded):
             if not unsure:
                 raise
             # an answer that the small model was not sure of, and that is paid for, is better than none
-            return await self._replay(asked, selection, unsure, stack)
+            return await self._replay(asked, selection, unsure)
         tried = next(step for step in asked.record.steps if step.role == "cascade")
         if tried.usage is not None:
             self._metrics.models[tried.model].settled(tried.usage)
         return opened
 
     async def _first(
-        self, asked: Asked, selection: Selection, models: Sequence[str], stack: AsyncExitStack, *, patient: bool = True
+        self, asked: Asked, selection: Selection, models: Sequence[str], *, patient: bool = True
     ) -> Opened:
         """The first of the models that begins to answer. A stand-in that the request does not fit is passed over."""
         absent: Unavailable | None = None
@@ -169,7 +169,7 @@ class Answering:
             role = "answer" if number == 0 else "fallback"
             last = number == len(models) - 1
             try:
-                return await self._open(asked, selection, name, role, self._retries(last and patient), stack)
+                return await self._open(asked, selection, name, role, self._retries(last and patient))
             except Unavailable as error:
                 absent = error
                 if last:
@@ -248,18 +248,15 @@ class Answering:
 
     # ------------------------------------------------------------------------------------------------- running it
 
-    async def _open(
-        self, asked: Asked, selection: Selection, name: str, role: str, retries: Retries, stack: AsyncExitStack
-    ) -> Opened:
+    async def _open(self, asked: Asked, selection: Selection, name: str, role: str, retries: Retries) -> Opened:
         step, stream, model = await self._start(asked, name, role, retries, whole=not asked.request.stream)
-        await stack.enter_async_context(aclosing(stream))
         try:
-            first = await anext(stream, None)
+            first = await anext(stream, None)  # which ends the stream where it raises
         except Unavailable as error:
             step.error = error.message
-            await stream.aclose()
             raise
         if not first:
+            await stream.aclose()
             raise EngineFault("the replica ended a request without an answer")
         return self._opened(asked, selection, model, step, first, stream)
 
@@ -393,9 +390,7 @@ class Answering:
 
     # --------------------------------------------------------------------------------------------------- cascade
 
-    async def _provisional(
-        self, asked: Asked, selection: Selection, stack: AsyncExitStack, unsure: list[Chunk]
-    ) -> Opened | None:
+    async def _provisional(self, asked: Asked, selection: Selection, unsure: list[Chunk]) -> Opened | None:
         """The small model's whole answer if it is sure enough of it; else None, and the answer goes into `unsure`."""
         cascade = selection.cascade
         assert cascade is not None, "asked for only where there is one"
@@ -406,14 +401,13 @@ class Answering:
         if self._escalates(cascade, step, chunks):
             unsure += chunks
             return None
-        return await self._replay(asked, selection, chunks, stack)
+        return await self._replay(asked, selection, chunks)
 
-    async def _replay(self, asked: Asked, selection: Selection, chunks: list[Chunk], stack: AsyncExitStack) -> Opened:
+    async def _replay(self, asked: Asked, selection: Selection, chunks: list[Chunk]) -> Opened:
         """The small model's answer, which is whole, as the answer."""
         step = next(step for step in asked.record.steps if step.role == "cascade")
         model = await self._fleet.model(self._fleet.served(step.model), 0.0)
         stream = _replayed(chunks)
-        await stack.enter_async_context(aclosing(stream))
         return self._opened(asked, selection, model, step, await anext(stream), stream)
 
     @staticmethod

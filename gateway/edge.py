@@ -179,20 +179,18 @@ def trace_headers(scope: Scope) -> tuple[str | None, str | None]:
 class HangUp:
     """`async with HangUp(receive):` cancels its block when the client disconnects and raises ClientGone instead.
 
-    Not needed, and then off, behind a server that cancels the handler itself. Enter only after the body was read.
+    Enter only after the body was read. A server that cancels the handler itself may do so beside it.
     """
 
-    def __init__(self, receive: Receive, enabled: bool) -> None:
+    def __init__(self, receive: Receive) -> None:
         self._receive = receive
-        self._enabled = enabled
         self._gone = False
         self._watcher: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> HangUp:
-        if self._enabled:
-            task = asyncio.current_task()
-            assert task is not None, "endpoints run in tasks"
-            self._watcher = asyncio.create_task(self._watch(task), name="hang-up")
+        task = asyncio.current_task()
+        assert task is not None, "endpoints run in tasks"
+        self._watcher = asyncio.create_task(self._watch(task), name="hang-up")
         return self
 
     async def _watch(self, task: asyncio.Task[Any]) -> None:

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +96,8 @@ class Generate:
         laps.lap("auth")
         rules = await rules_for(services.policies, key.id)
         exchange.record = record = self._record(exchange, key, rules.generation)
-        services.book.add(record)
+        # when this request first waits for something
+        asyncio.get_running_loop().call_soon(services.book.add, record)
         try:
             bounds = services.config.limits
             body = await read_body(scope, receive, bounds.max_body_bytes, bounds.body_timeout_s)
@@ -117,7 +118,7 @@ class Generate:
                 trace=exchange.trace,
                 caller_trace=trace_headers(scope) if services.config.upstreams else (None, None),
             )
-            async with HangUp(receive, not services.config.server_cancels) as hang_up:
+            async with HangUp(receive) as hang_up:
                 await self._answer(asked, exchange, hang_up, send)
             record.status = exchange.status
         except SignalboxError as error:
@@ -168,8 +169,8 @@ class Generate:
 
     async def _answer(self, asked: Asked, exchange: Exchange, hang_up: HangUp, send: Send) -> None:
         services = self._services
-        async with AsyncExitStack() as stack:
-            opened = await services.answering.open(asked, stack, services.shadows.safety_scale)
+        opened = await services.answering.open(asked, services.shadows.safety_scale)
+        async with aclosing(opened.stream):
             exchange.headers += _limit_headers(opened.step.jobs)
             if asked.record.downgraded_from is not None:
                 exchange.headers.append((b"x-signalbox-downgraded-from", asked.record.downgraded_from.encode()))

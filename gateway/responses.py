@@ -8,10 +8,9 @@ exact bytes are in `bytes`.
 from __future__ import annotations
 
 import codecs
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from json.encoder import encode_basestring
+from json.encoder import JSONEncoder, encode_basestring
 from typing import Any, Protocol
 
 from replicas.protocol import Chunk, FinishReason, TokenLogprob, Usage
@@ -132,8 +131,7 @@ def usage_object(usage: Usage) -> dict[str, Any]:
     }
 
 
-def _dumps(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+_dumps = JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
 
 
 @dataclass(slots=True)

@@ -15,6 +15,7 @@ of their own: a cached prefix makes a replica cheap, and a queue longer than the
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from typing import TypeVar, cast
@@ -117,20 +118,21 @@ def _known(rates: Column, eligible: npt.NDArray[np.bool_], *, unknown: float) ->
 
 def _one_by_one(request: RouteRequest, view: FleetView, rng: random.Random) -> RouteDecision:
     """The same for a few replicas, several times as fast as vector operations."""
-    rows: list[list[float]] = view.columns.T.tolist()
     open_to = [number for number, eligible in enumerate(view.eligible.tolist()) if eligible]
     if not open_to:
         raise NoReplica("no replica is ready")
+    rows: list[list[float]] = view.columns.T.tolist()
     cached = view.cached_tokens_of_few(request)
-    prefill_rate = _mean_rate([rows[number][_PREFILL_RATE] for number in open_to], unknown=1e3)
-    release_rate = _mean_rate([rows[number][_RELEASE_RATE] for number in open_to], unknown=float("inf"))
     mean_requests = sum([row[_RUNNING] + row[_WAITING] + row[_SENT] for row in rows]) / len(rows)
-    busy = [number for number in open_to if rows[number][_QUEUED] + rows[number][_SENT_TOKENS]]
-    share = len(busy) / len(open_to)
+    open_rows = [rows[number] for number in open_to]
+    share = sum([row[_QUEUED] + row[_SENT_TOKENS] > 0 for row in open_rows]) / len(open_rows)
     scores, predicted, columns = [], [], []
     for number in open_to:
         row = rows[number]
-        rates = (row[_PREFILL_RATE] or prefill_rate, row[_RELEASE_RATE] or release_rate)
+        rates = (
+            row[_PREFILL_RATE] or _mean_rate(open_rows, _PREFILL_RATE, unknown=1e3),
+            row[_RELEASE_RATE] or _mean_rate(open_rows, _RELEASE_RATE, unknown=math.inf),
+        )
         terms = _terms(request, row, float(cached[number]), rates, mean_requests, max)
         queue, blocks, prefill, decode = terms
         first_token = max(queue, blocks) + prefill + decode
@@ -153,7 +155,7 @@ def _one_by_one(request: RouteRequest, view: FleetView, rng: random.Random) -> R
     )
 
 
-def _mean_rate(rates: list[float], *, unknown: float) -> float:
+def _mean_rate(rows: list[list[float]], column: int, *, unknown: float) -> float:
     """What a rate that is not measured yet (0) is taken for."""
-    measured = [rate for rate in rates if rate > 0]
+    measured = [row[column] for row in rows if row[column] > 0]
     return sum(measured) / len(measured) if measured else unknown

@@ -132,7 +132,7 @@ class FleetLoads:
         self.turn = 0
         self._rows: dict[str, _Row] = {}
         self._ids: tuple[str, ...] = ()
-        self._columns = np.zeros((len(_COLUMNS), 0))
+        self._keep(np.zeros((len(_COLUMNS), 0)))
         self._eligible = np.zeros(0, np.bool_)
 
     # ---------------------------------------------------------------- replicas come, report and go
@@ -143,7 +143,7 @@ class FleetLoads:
         if row is None:
             self._rows[replica_id] = _Row(incarnation, len(self._ids))
             self._ids = (*self._ids, replica_id)
-            self._columns = np.hstack((self._columns, np.zeros((len(_COLUMNS), 1))))
+            self._keep(np.hstack((self._columns, np.zeros((len(_COLUMNS), 1)))))
             self._eligible = np.append(self._eligible, np.True_)
         elif row.incarnation != incarnation:
             self._rows[replica_id] = _Row(incarnation, row.number)
@@ -156,10 +156,21 @@ class FleetLoads:
         if gone is None:
             return
         self._ids = tuple(name for name in self._ids if name != replica_id)
-        self._columns = np.delete(self._columns, gone.number, axis=1)
+        self._keep(np.delete(self._columns, gone.number, axis=1))
         self._eligible = np.delete(self._eligible, gone.number)
         for row in self._rows.values():
             row.number -= row.number > gone.number
+
+    def _keep(self, columns: npt.NDArray[np.float64]) -> None:
+        self._columns = columns
+        # The same memory, several times as fast as numpy for single numbers.
+        self._numbers = cast("memoryview[float]", columns.data)
+
+    def _count(self, replica: int, first: int, *amounts: int) -> None:
+        """Add to so many columns of one replica, from column `first` on."""
+        numbers = self._numbers
+        for column, amount in enumerate(amounts, first):
+            numbers[column, replica] += amount
 
     def report(self, status: ReplicaStatus) -> None:
         """Take a replica's own numbers; a status of an incarnation that did not join is dropped."""
@@ -182,7 +193,7 @@ class FleetLoads:
         row.admitted = max(row.admitted, status.admitted.get(self.gateway_id, 0))
         while row.sent and row.sent[0][0] <= row.admitted:
             _, tokens, blocks = row.sent.popleft()
-            column[_SENT : _SENT + 3] -= (1, tokens, blocks)
+            self._count(row.number, _SENT, -1, -tokens, -blocks)
 
     # ---------------------------------------------------------------- what this gateway does
 
@@ -201,17 +212,16 @@ class FleetLoads:
         row = self._rows.get(decision.replica_id)
         if row is None:
             return  # lost between the decision and now
-        column = self._columns[:, row.number]
-        column[_IN_FLIGHT] += 1
+        self._count(row.number, _IN_FLIGHT, 1)
         if seq > row.admitted:
             row.sent.append((seq, decision.uncached_tokens, decision.new_blocks))
-            column[_SENT : _SENT + 3] += (1, decision.uncached_tokens, decision.new_blocks)
+            self._count(row.number, _SENT, 1, decision.uncached_tokens, decision.new_blocks)
 
     def ended(self, replica_id: str, incarnation: str | None = None) -> None:
         """One request of this gateway to the replica is over; of another incarnation it no longer counts."""
         row = self._rows.get(replica_id)
         if row is not None and incarnation in (None, row.incarnation):
-            self._columns[_IN_FLIGHT, row.number] -= 1
+            self._count(row.number, _IN_FLIGHT, -1)
 
     def unechoed(self, replica_id: str) -> Sequence[int]:
         """Sequence numbers sent that no report includes yet."""

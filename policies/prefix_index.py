@@ -75,13 +75,16 @@ class _Table:
         self._print, self._set = raw[skip : skip + size].data, raw[skip + size : skip + 2 * size].data
         self._odd = odd
         self._global_depth = 1
-        self._directory = np.zeros(2, np.int64)
+        self._keep(np.zeros(2, np.int64))
         self._depths = [0]
         self._retired = 0
         self._sweep_next = 0
         self.live = 0
         self.entries = 0
         self.dropped = 0
+
+    def _keep(self, directory: npt.NDArray[np.int64]) -> None:
+        self._directory, self._chunks = directory, directory.data
 
     @property
     def memory_bytes(self) -> int:
@@ -100,7 +103,7 @@ class _Table:
 
     def leading(self, hashes: Sequence[bytes]) -> Counts:
         """int64[64]: leading blocks held by the replica of each bit."""
-        if len(hashes) <= _FEW or not self._holder(hashes[0]):
+        if len(hashes) <= _FEW or not self._holder(hashes[0]) & self.live:
             return np.array(self.leading_one_by_one(hashes), np.int64)
         holders = self._holders(self.fingerprints(hashes)) & np.uint64(self.live)
         held = np.bitwise_and.accumulate(holders)
@@ -118,22 +121,28 @@ class _Table:
         counts = [0] * GROUP
         held = self.live
         for length, digest in enumerate(hashes):
-            still = held and held & self._holder(digest)
-            _end(counts, held & ~still, length)
-            held = still
             if not held:
                 return counts
+            still = held & self._holder(digest)
+            if still != held:
+                _end(counts, held & ~still, length)
+            held = still
         _end(counts, held, len(hashes))
         return counts
 
     def _holder(self, digest: bytes) -> int:
-        """The living replicas that hold one block."""
-        print_ = self.fingerprint(digest)
-        for place in self._places(print_):
+        """The replicas that hold one block, departed ones among them."""
+        # `fingerprint` and `_places` once more: calling them would take half the time of this.
+        print_ = (int.from_bytes(digest[:8], "little") * self._odd & _MASK) or 1
+        base = self._chunks[print_ >> (64 - self._global_depth)] * _CHUNK_SLOTS
+        place = base + (print_ >> 32 & 255) * _SLOTS
+        row = self._print[place : place + _SLOTS].tolist()
+        if print_ not in row:
+            place = base + (print_ >> 40 & 255) * _SLOTS
             row = self._print[place : place + _SLOTS].tolist()
-            if print_ in row:
-                return int(self._set[place + row.index(print_)]) & self.live
-        return 0
+            if print_ not in row:
+                return 0
+        return self._set[place + row.index(print_)]
 
     def _holders(self, prints: _U64) -> _U64:
         base = self._directory.take(prints >> np.uint64(64 - self._global_depth)) * _ROWS
@@ -181,16 +190,16 @@ class _Table:
                 return
 
     def _places(self, print_: int) -> tuple[int, int]:
-        base = int(self._directory[print_ >> (64 - self._global_depth)]) * _CHUNK_SLOTS
+        base = self._chunks[print_ >> (64 - self._global_depth)] * _CHUNK_SLOTS
         return base + (print_ >> 32 & 255) * _SLOTS, base + (print_ >> 40 & 255) * _SLOTS
 
     def _split(self, print_: int) -> bool:
-        old, new = int(self._directory[print_ >> (64 - self._global_depth)]), len(self._depths)
+        old, new = self._chunks[print_ >> (64 - self._global_depth)], len(self._depths)
         depth = self._depths[old]
         if new == self._max_chunks or depth == _MAX_DEPTH:
             return False
         if depth == self._global_depth:
-            self._directory = np.repeat(self._directory, 2)
+            self._keep(np.repeat(self._directory, 2))
             self._global_depth += 1
         kept, moved = slice(old * _ROWS, (old + 1) * _ROWS), slice(new * _ROWS, (new + 1) * _ROWS)
         moves = self._prints[kept] >> np.uint64(63 - depth) & np.uint64(1) == 1

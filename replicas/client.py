@@ -42,6 +42,9 @@ _FRAMES_PER_TURN = 64
 # Bytes read before the replica is told so; far below the replica's bound on what may be unread.
 _ACK_EVERY = 256 * 1024
 _HEARTBEAT_S = 0.5
+# What replicas publish is read so much later: it comes right behind a request's first chunk, and must not be taken in
+# before that is on its way to the client.
+_PUBLISHED_AFTER_S = 0.001
 
 
 class Listener(Protocol):
@@ -97,9 +100,10 @@ class ReplicaConnection:
         self._acknowledged = 0
         topics = (wire.TOPIC_STATUS, wire.TOPIC_EVENTS) if listener else (wire.TOPIC_STATUS,)
         self._sockets = GatewaySockets(context, address.endpoint, address.events_endpoint, topics, _HEARTBEAT_S)
+        self._reading_later = False
         self._watched = {
             self._sockets.dealer.fileno(): self._read_dealer,
-            self._sockets.subscriber.fileno(): self._read_subscriber,
+            self._sockets.subscriber.fileno(): self._read_published,
             self._sockets.monitor.fileno(): self._read_monitor,
         }
         for descriptor, read in self._watched.items():
@@ -284,7 +288,14 @@ class ReplicaConnection:
             del self._streams[part.seq]
         stream.wake()
 
+    def _read_published(self) -> None:
+        # Asking also clears the descriptor, which would wake the loop over and over.
+        if self.alive and has_input(self._sockets.subscriber) and not self._reading_later:
+            self._reading_later = True
+            self._loop.call_later(_PUBLISHED_AFTER_S, self._read_subscriber)
+
     def _read_subscriber(self) -> None:
+        self._reading_later = False
         if not self.alive:
             return
         for parts in take(self._sockets.subscriber, _FRAMES_PER_TURN):
@@ -302,7 +313,7 @@ class ReplicaConnection:
             if self._closed.is_set():  # a hook closed the connection
                 return
         if has_input(self._sockets.subscriber):
-            self._loop.call_soon(self._read_subscriber)
+            self._read_published()
 
     def _take_status(self, status: ReplicaStatus) -> None:
         if status.incarnation == self.address.incarnation:
