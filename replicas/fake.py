@@ -55,6 +55,7 @@ class _Job:
     """
 
     request: GenerateRequest
+    phases: Phases
     root: bytes
     hashes: list[bytes]
     row_blocks: int
@@ -63,7 +64,6 @@ class _Job:
     completed: int = 0
     came: float = 0.0
     ready_at: float = 0.0
-    phases: Phases = field(default_factory=lambda: Phases(0.0))
     account: Account = field(default_factory=Account)
     rows: list[_Row] = field(default_factory=list)
 
@@ -127,13 +127,13 @@ class FakeEngine:
         root = prefix_root(request.tenant, self._card.revision)
         hashes = self._blocks.chain(root, prompt)
         total = -(-(len(prompt) + request.sampling.max_tokens) // settings.block_size)
-        job = _Job(request, root, hashes, total - len(hashes), len(prompt) - self._cached_tokens(prompt, hashes))
+        uncached = len(prompt) - self._cached_tokens(prompt, hashes)
+        job = _Job(request, Phases(now), root, hashes, total - len(hashes), uncached, came=now)
         if len(hashes) + request.sampling.n * job.row_blocks > settings.num_blocks:
             raise ContextLengthExceeded(
                 f"the request needs more than the {settings.num_blocks} KV blocks there are", param="max_tokens"
             )
         self._jobs[request.request_id] = job
-        job.came, job.phases = now, Phases(now)
         self._waiting.add(job, request, job.uncached, now)
         if request.deadline_s is not None:
             self._deadlines.add(request.request_id, now + request.deadline_s)
@@ -149,7 +149,7 @@ class FakeEngine:
             raise InvalidRequest(f"n must not exceed max_num_seqs ({settings.max_num_seqs})", param="n")
         if not request.prompt_token_ids:
             raise InvalidRequest("the prompt must not be empty", param="prompt")
-        if any(not 0 <= token < self._card.vocab_size for token in request.prompt_token_ids):
+        if min(request.prompt_token_ids) < 0 or max(request.prompt_token_ids) >= self._card.vocab_size:
             raise InvalidRequest(f"token ids must be between 0 and {self._card.vocab_size - 1}", param="prompt")
         length = len(request.prompt_token_ids)
         if length + sampling.max_tokens > self._card.max_model_len:

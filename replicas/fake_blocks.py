@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping
 
-from replicas.protocol import KVEvent, block_hash
+from replicas.protocol import KVEvent, block_hashes
 
 
 class PrefixBlocks:
@@ -27,12 +27,7 @@ class PrefixBlocks:
         return self.total - self.private - (len(self.refs) - len(self.idle))
 
     def chain(self, root: bytes, tokens: tuple[int, ...]) -> list[bytes]:
-        hashes: list[bytes] = []
-        parent, size = root, self.block_size
-        for start in range(0, len(tokens) - size + 1, size):
-            parent = block_hash(parent, tokens[start : start + size])
-            hashes.append(parent)
-        return hashes
+        return list(block_hashes(root, tokens, self.block_size))
 
     def num_cached(self, hashes: list[bytes]) -> int:
         """Leading blocks of the chain that are in the cache."""

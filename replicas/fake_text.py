@@ -5,6 +5,7 @@ Needs no model, no network and no torch; `tokenizers` alone.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -55,7 +56,7 @@ class Script:
 
     def start(self, prompt: Sequence[int], salt: tuple[int, ...]) -> int:
         """Where the continuation of `prompt` begins: a function of its arguments alone, on every machine."""
-        digest = blake2b(repr((tuple(prompt), salt)).encode(), digest_size=8).digest()
+        digest = blake2b(struct.pack(f"<{len(prompt)}i", *prompt) + repr(salt).encode(), digest_size=8).digest()
         return self.starts[int.from_bytes(digest, "little") % len(self.starts)]
 
 
