@@ -64,6 +64,7 @@ class GatewayConfig:
     state_dir: where the key secret lives when SIGNALBOX_KEY_SECRET is not in the environment; "" requires the latter.
     key_poll_s: how often changed keys are read; with one poll's own time it must stay below `key_stale_s`, the age
     beyond which a decision first waits for a fresh read.
+    server_cancels: the ASGI server cancels the handler when the client hangs up (Ray Serve does; uvicorn does not).
     server_sends_request_id: the server adds x-request-id to responses itself (Ray Serve does).
     """
 
@@ -77,6 +78,7 @@ class GatewayConfig:
     key_poll_s: float = 0.4
     key_stale_s: float = 0.9
     connect_timeout_s: float = 5.0
+    server_cancels: bool = False
     server_sends_request_id: bool = False
 
     def __post_init__(self) -> None:

@@ -74,7 +74,7 @@ class Gateway:
         # A thread of the database that has a few milliseconds of Python to do must not keep a first token waiting for
         # the interpreter's usual five.
         sys.setswitchinterval(_SWITCH_S)
-        self._config = replace(config, gateway_id=new_gateway_id(), server_sends_request_id=True)
+        self._config = replace(config, gateway_id=new_gateway_id(), server_cancels=True, server_sends_request_id=True)
         self._directory = directory
         self._replicas = replicas
 
