@@ -146,6 +146,15 @@ def test_mixed_in_one_batch_then_again_from_the_cache(
     assert engine.stats().prefix_cache_hits > hits + 1000
 
 
+def test_decodes_padded_to_buckets_as_graphs_have_them(
+    oracle: Oracle, gguf: Path, prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    engine = Engine(EngineConfig(model=str(gguf), num_blocks=2048, max_model_len=1024, step_graphs="eager"))
+    assert_same(oracle, prompts, expected, run(engine, prompts))
+    assert engine._graphs is not None
+    assert engine._graphs.replays >= TOKENS - 2
+
+
 def test_chunked_prefill_preemption_and_random_arrivals(
     oracle: Oracle, gguf: Path, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
