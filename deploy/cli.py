@@ -142,6 +142,18 @@ def evaluate(ctx: typer.Context) -> None:
     _call("deploy.eval_cli", "app", ctx)
 
 
+@app.command("train-heads", context_settings=_PASS_ON)
+def train_heads(ctx: typer.Context) -> None:
+    """Train Medusa heads for speculative decoding from what a model writes itself."""
+    _call("deploy.speculation_cli", "train_heads", ctx)
+
+
+@app.command("distill-draft", context_settings=_PASS_ON)
+def distill_draft(ctx: typer.Context) -> None:
+    """Make a small draft model from some of a model's own layers."""
+    _call("deploy.speculation_cli", "distill_draft", ctx)
+
+
 def main() -> None:
     """Console script: our own errors are one line on stderr and exit status 1, never a traceback."""
     try:

@@ -28,6 +28,7 @@ from pydantic import (
 from gateway.config import GatewayConfig, Limits, Retries, ServedModel
 from policies import yaml_text
 from replicas.engine.config import EngineConfig
+from replicas.engine.spec.config import Speculative
 from replicas.fake import FakeSettings
 from replicas.protocol import ConfigError
 from replicas.upstream_config import Upstream, UpstreamTimeouts, check_base_url
@@ -58,7 +59,23 @@ def _given(section: BaseModel | None) -> dict[str, Any]:
     return section.model_dump(exclude_unset=True) if section is not None else {}
 
 
-EngineSettings = _section("EngineSettings", EngineConfig, without=("model",))
+SpeculativeSettings = _section("SpeculativeSettings", Speculative)
+_Engine = _section("_Engine", EngineConfig, without=("model", "speculative"))
+
+
+class EngineSettings(_Engine):  # type: ignore[valid-type, misc]
+    """Settings of our own engine."""
+
+    speculative: SpeculativeSettings | None = None  # type: ignore[valid-type]
+
+    @field_validator("speculative")
+    @classmethod
+    def _speculative(cls, given: BaseModel | None) -> BaseModel | None:
+        if given is not None:
+            _checked(Speculative, **_given(given))
+        return given
+
+
 FakeEngineSettings = _section("FakeEngineSettings", FakeSettings)
 GatewayLimits = _section("GatewayLimits", Limits)
 GatewayRetries = _section("GatewayRetries", Retries)
@@ -127,7 +144,7 @@ class SignalboxGroup(ModelGroup):
 
     engine: Literal["signalbox"] = "signalbox"
     source: str = Field(min_length=1)
-    engine_settings: EngineSettings = EngineSettings()  # type: ignore[valid-type]
+    engine_settings: EngineSettings = EngineSettings()
 
 
 class FakeGroup(ModelGroup):

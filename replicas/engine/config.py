@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from replicas.engine.spec.config import Speculative
 from replicas.engine.waiting import FAIR_RESERVE, MAX_WAITING, PRIORITY_AGING_S, LineLimits
 
 
@@ -41,6 +43,7 @@ class EngineConfig:
     watermark: share of blocks kept free when a new prompt is admitted, so that running sequences seldom preempt.
     num_threads: torch CPU threads; None leaves the number that is set.
     seed: of the requests that bring none; None draws one from the operating system at start.
+    speculative: guesses at several tokens for one step (spec/config.py); None computes them one by one.
     """
 
     model: str
@@ -66,6 +69,17 @@ class EngineConfig:
     watermark: float = 0.01
     num_threads: int | None = None
     seed: int | None = None
+    speculative: Speculative | None = None
+
+    def __post_init__(self) -> None:
+        given: object = self.speculative
+        if isinstance(given, Mapping):  # a fleet file's section
+            object.__setattr__(self, "speculative", Speculative(**given))
+
+    @property
+    def tokens_per_step(self) -> int:
+        """What one sequence may bring in a step, at most: more than one with drafts."""
+        return 1 + (self.speculative.max_draft_tokens if self.speculative else 0)
 
     @property
     def line_limits(self) -> LineLimits:

@@ -14,6 +14,7 @@ import random
 import time
 from collections.abc import Sequence as Seq
 from dataclasses import replace
+from itertools import islice, zip_longest
 
 import torch
 
@@ -32,7 +33,11 @@ from replicas.engine.offline import Completion, collect
 from replicas.engine.phases import Phases
 from replicas.engine.sampler import Sampled, Sampler
 from replicas.engine.scheduler import Scheduler, Step
-from replicas.engine.sequence import Group, Sequence
+from replicas.engine.sequence import Group, Sequence, sampled_rows
+from replicas.engine.spec.build import build_speculation, typical_rule
+from replicas.engine.spec.cost import PROBED
+from replicas.engine.spec.speculation import Speculation
+from replicas.engine.waiting import OUTPUT_WEIGHT
 from replicas.protocol import (
     Chunk,
     ConfigError,
@@ -55,17 +60,19 @@ logger = logging.getLogger(__name__)
 class Engine:
     """A `protocol.TokenEngine` over real weights. ConfigError where the model or the settings cannot work.
 
-    loaded: in place of what `config` names.
+    loaded: in place of what `config` names. speculation: in place of what `config.speculative` describes.
     """
 
-    def __init__(self, config: EngineConfig, loaded: Loaded | None = None) -> None:
+    def __init__(
+        self, config: EngineConfig, loaded: Loaded | None = None, speculation: Speculation | None = None
+    ) -> None:
         loaded = loaded or load(config)
         self.config = config
         self.loaded: Loaded = loaded
         self._decoder, self._tokenizer = loaded.decoder, loaded.tokenizer
         self.max_model_len = loaded.decoder.max_model_len
         self._eos = frozenset(loaded.card.eos_token_ids)
-        self._sampler = Sampler(loaded.card.eos_token_ids)
+        self._sampler = Sampler(loaded.card.eos_token_ids, typical_rule(config.speculative))
         self._random = random.Random(config.seed)
         budget = loaded.max_num_batched_tokens
         bytes_per_block = loaded.kv_bytes_per_token * config.block_size
@@ -80,12 +87,16 @@ class Engine:
             max_num_batched_tokens=budget,
             watermark=config.watermark,
             limits=config.line_limits,
+            tokens_per_step=config.tokens_per_step,
         )
         self._layout = Layout(config.max_num_seqs, self.max_model_len, config.block_size, loaded.device)
         self._groups: dict[str, Group] = {}
         self._texts: dict[Sequence, Detokenizer] = {}
         self._meter = Meter()
         self._steps = self._prompt_tokens = self._generation_tokens = 0
+        self._speculation = speculation or build_speculation(config, loaded, self.max_model_len)
+        if config.speculative is not None and config.speculative.adaptive:
+            self._speculation.cost.calibrate(self.measure_steps())
         self._tokenizer.token_bytes(0)  # builds its table now, not in the first request's first token
         self.card = replace(
             loaded.card, max_model_len=self.max_model_len, block_size=config.block_size, kv_format=loaded.kv_format
@@ -127,6 +138,16 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self._groups)
 
+    def use(self, speculation: Speculation) -> None:
+        """Let others guess from now on. The engine must be idle: what the present ones know of requests is lost."""
+        assert not self._groups, "the proposers of an engine at work were to be replaced"
+        self._speculation = speculation
+
+    @property
+    def speculation(self) -> Speculation:
+        """What guesses, with its counters."""
+        return self._speculation
+
     def queue_full(self) -> bool:
         return self.scheduler.waiting.full()
 
@@ -139,6 +160,7 @@ class Engine:
         """Schedule, compute, sample, commit. A fault ends the step's requests, not the engine."""
         started = time.perf_counter()
         late = self._end_late(self.scheduler.take_late())
+        self._speculation.propose(self.scheduler.running, self.scheduler.tokens_at_hand())
         step = self.scheduler.schedule()
         late += self._end_late([seq.request_id for seq in step.hopeless])
         if not step.items:
@@ -152,6 +174,7 @@ class Engine:
         chunks = late + self._commit(step, sampled, started)
         self._steps += 1
         seconds = time.perf_counter() - started
+        self._speculation.record(seconds, sum(count for _, count in step.items))
         self._meter.record(seconds, step.num_prefill_tokens, self.pool.released)
         self.scheduler.record(seconds, step)
         return chunks
@@ -160,10 +183,12 @@ class Engine:
     def _compute(self, step: Step) -> list[Sampled]:
         for seq in step.preempted:
             self._layout.release(seq)
+            self._speculation.forget(seq)
         self._copy_blocks(step.copies)
         batch = self._layout(step.items)
-        logits = self._forward(batch) if self._graphs is None else self._graphs(batch)[0]
-        rows = [seq for seq, count in step.items if seq.num_computed + count == seq.num_tokens]
+        logits, hidden = self._forward(batch) if self._graphs is None else self._graphs(batch)
+        rows = [row for seq, count in step.items for row in sampled_rows(seq, count)]
+        self._speculation.computed(rows, hidden)
         return self._sampler(logits, rows) if rows else []
 
     def _commit(self, step: Step, sampled: list[Sampled], started: float) -> list[Chunk]:
@@ -172,20 +197,37 @@ class Engine:
         for seq, count in step.items:
             if seq.num_output == 0:
                 self._groups[seq.request_id].phases.scheduled(started)
-            seq.num_computed += count
-            seq.queued_tokens = max(seq.queued_tokens - count, 0)
-            if seq.num_computed == seq.num_tokens:
-                chunks.append(self._append(seq, next(results)))
+            wanted = seq.logits_wanted(count)
+            known = min(count, seq.num_tokens - seq.num_computed)
+            seq.num_computed += known
+            seq.queued_tokens = max(seq.queued_tokens - known, 0)
+            if wanted:
+                chunks.append(self._append(seq, list(islice(results, wanted))))
         return chunks
 
-    def _append(self, seq: Sequence, sampled: Sampled) -> Chunk:
-        """Give `seq` its next token; what a client sees of it; the end of the choice and of the request, if it is."""
+    def _append(self, seq: Sequence, sampled: list[Sampled]) -> Chunk:
+        """Give `seq` its next tokens; what a client sees of them; the end of the choice and of the request, if it is.
+
+        sampled[i] was drawn as if the drafts before it were tokens: it counts as long as they are.
+        """
         group = self._groups[seq.request_id]
         if group.unforked:
             self.scheduler.fork(group, seq)
-        seq.tokens.append(sampled.token_id)
-        self._generation_tokens += 1
-        text = self._advance(seq, sampled.token_id)
+        drafts, seq.drafts = seq.drafts, []
+        assert len(sampled) == len(drafts) + 1, f"{len(sampled)} rows were sampled for {len(drafts)} drafts"
+        text, accepted = "", 0
+        logprobs: tuple[TokenLogprob, ...] = ()
+        for drawn, draft in zip_longest(sampled, drafts):
+            seq.tokens.append(drawn.token_id)
+            text += self._advance(seq, drawn.token_id)
+            logprobs += self._logprobs(drawn)
+            if seq.finish_reason is not None or drawn.token_id != draft:
+                break
+            accepted += 1
+        seq.num_computed += accepted  # beyond them the cache holds keys of tokens that never came: overwritten next
+        seq.account.cost += OUTPUT_WEIGHT * accepted
+        self._generation_tokens += accepted + 1
+        self._speculation.verified(seq, len(drafts), accepted)
         usage = None
         if seq.finish_reason is not None:
             self._drop(seq)
@@ -202,8 +244,8 @@ class Engine:
             request_id=seq.request_id,
             index=seq.index,
             text=text,
-            token_ids=(sampled.token_id,),
-            logprobs=self._logprobs(sampled),
+            token_ids=tuple(seq.tokens[-accepted - 1 :]),
+            logprobs=logprobs,
             finish_reason=seq.finish_reason,
             usage=usage,
             timing=group.phases.token(time.perf_counter(), last=usage is not None),
@@ -238,6 +280,7 @@ class Engine:
     def _drop(self, seq: Sequence) -> None:
         self.scheduler.drop(seq)
         self._layout.release(seq)
+        self._speculation.forget(seq)
         self._texts.pop(seq, None)
 
     def _end_late(self, request_ids: list[str]) -> list[Chunk]:
@@ -255,6 +298,7 @@ class Engine:
             # Forks and preempted sequences may share what the failed step left half-written.
             self.pool.release(seq.forget_blocks())
             self._layout.release(seq)
+            self._speculation.forget(seq)
         self.pool.clear_cache()
         error = EngineFault("the engine failed while computing this request")
         return [Chunk(request_id=request_id, error=error) for request_id in failed]
@@ -295,6 +339,7 @@ class Engine:
         placed = len(self.scheduler.waiting) + len(self.scheduler.running)
         unforked = sum(len(group.unforked) for group in self._groups.values())
         assert placed + unforked == len(live), f"{placed} sequences placed, {unforked} unforked, {len(live)} alive"
+        self._speculation.check_integrity(self.scheduler.running)
         assert set(self._texts) == set(live), "a detokeniser outlived its sequence"
 
     def generate(
@@ -351,18 +396,20 @@ class Engine:
             logger.warning("max_model_len lowered from %d to the KV cache's %d", self.max_model_len, pool_tokens)
             self.max_model_len = pool_tokens
 
-    def _forward(self, batch: StepBatch) -> torch.Tensor:
-        return self._decoder.forward(batch, self._caches)
+    def _forward(self, batch: StepBatch) -> tuple[torch.Tensor, ...]:
+        """Logits and last hidden states of the rows that are wanted."""
+        hidden = self._decoder.hidden(batch, self._caches)
+        return self._decoder.logits(hidden), hidden
 
     def _build_graphs(self, scratch: int) -> GraphRunner | None:
         make_graph = choose_graphs(self.config.step_graphs, self.loaded.device, self.loaded.attention)
         if make_graph is None:
             return None
         return GraphRunner(
-            lambda batch: (self._forward(batch),),
+            self._forward,
             make_graph,
             max_seqs=self.config.max_num_seqs,
-            max_query_len=1,
+            max_query_len=self.config.tokens_per_step,
             max_blocks=-(-self.max_model_len // self.config.block_size),
             block_size=self.config.block_size,
             scratch=scratch,
@@ -389,6 +436,24 @@ class Engine:
         for cache in self._caches:
             cache.copy_blocks(source, target)
 
+    def measure_steps(self, limit_s: float = 1.0) -> dict[int, float]:
+        """Seconds of steps by their rows, on blocks that nobody uses yet; stops early where they are long."""
+        began, most = time.perf_counter(), min(self.max_model_len, self.pool.num_blocks * self.config.block_size)
+        measured: dict[int, float] = {}
+        for rows in (rows for rows in PROBED if rows <= most):
+            blocks = list(range(-(-rows // self.config.block_size)))
+            seq = Sequence("", 0, [0], 1, SamplingParams(temperature=0), 0, b"", blocks=blocks, drafts=[0] * (rows - 1))
+            for _ in range(2 if measured else 3):  # the first one touches memory for the first time
+                started = time.perf_counter()
+                hidden = self._decoder.hidden(self._layout([(seq, rows)]), self._caches)
+                self._sampler(self._decoder.logits(hidden), sampled_rows(seq, rows))
+                seconds = time.perf_counter() - started
+                measured[rows] = min(measured.get(rows, seconds), seconds)
+            self._layout.release(seq)
+            if time.perf_counter() - began > limit_s:
+                break
+        return measured
+
     @torch.inference_mode()
     def _profile(self) -> int:
         """Run the largest step there can be, on scratch blocks, so that its peak memory is known (CUDA); returns how
@@ -406,7 +471,9 @@ class Engine:
         self._sampler(logits, [seq for seq, _ in items])
         if choose_graphs(self.config.step_graphs, loaded.device, loaded.attention) is None:
             return 0
-        return reserved_bytes(num_seqs, 1, logits.shape[1] * 4, activations // (num_seqs * share))
+        return reserved_bytes(
+            num_seqs, self.config.tokens_per_step, logits.shape[1] * 4, activations // (num_seqs * share)
+        )
 
 
 def _check_ids(token_ids: Seq[int], vocab_size: int, param: str) -> None:

@@ -33,7 +33,7 @@ class Layout:
         return len(self.table) - len(self._free_rows)
 
     def __call__(self, items: Seq[tuple[Sequence, int]]) -> StepBatch:
-        """items: (sequence, number of its tokens to compute), block lists already long enough."""
+        """items: (sequence, number of its tokens and drafts to compute), block lists already long enough."""
         counts = np.fromiter((count for _, count in items), dtype=np.int64, count=len(items))
         computed = np.fromiter((seq.num_computed for seq, _ in items), dtype=np.int64, count=len(items))
         rows = np.fromiter((self._row(seq) for seq, _ in items), dtype=np.int64, count=len(items))
@@ -41,14 +41,15 @@ class Layout:
         ends = counts.cumsum()
         token_ids: list[int] = []
         for seq, count in items:
-            token_ids += seq.tokens[seq.num_computed : seq.num_computed + count]
+            known = seq.tokens[seq.num_computed : seq.num_computed + count]
+            token_ids += known + seq.drafts[: count - len(known)] if len(known) < count else known
         total = int(ends[-1])
         positions = np.arange(total) + np.repeat(computed - (ends - counts), counts)
         table = self.table[rows, : -(-int(lens.max()) // self.block_size)]
         owners = np.repeat(np.arange(len(items)), counts)
         slots = table[owners, positions // self.block_size].astype(np.int64) * self.block_size
         slots += positions % self.block_size
-        wanted = np.fromiter((seq.num_computed + n == seq.num_tokens for seq, n in items), dtype=bool, count=len(items))
+        wanted = np.fromiter((seq.logits_wanted(n) for seq, n in items), dtype=np.int64, count=len(items))
         return StepBatch(
             token_ids=self._tensor(np.array(token_ids, dtype=np.int64)),
             positions=self._tensor(positions),
@@ -56,7 +57,7 @@ class Layout:
             query_start=self._tensor(np.concatenate(([0], ends)).astype(np.int32)),
             context_lens=self._tensor(lens.astype(np.int32)),
             block_tables=self._tensor(table),
-            logits_rows=self._tensor((ends - 1)[wanted]),
+            logits_rows=self._tensor(np.flatnonzero(np.arange(total) >= np.repeat(ends - wanted, counts))),
             max_query_len=int(counts.max()),
             max_context_len=int(lens.max()),
         )

@@ -6,7 +6,7 @@ Embeddings, layers (stack.py), head. Knows neither requests nor block tables.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -40,7 +40,9 @@ class Decoder:
         device: torch.device,
         dtype: torch.dtype,
         max_model_len: int | None = None,
+        shared: Decoder | None = None,
     ) -> None:
+        """shared: whose embedding and head to use; `checkpoint` then needs none of its own."""
         self.config = config = checkpoint.config
         self.device, self.dtype, self.revision = device, dtype, checkpoint.revision
         self.num_layers, self.num_kv_heads, self.head_dim = config.num_layers, config.num_kv_heads, config.head_dim
@@ -50,7 +52,11 @@ class Decoder:
             layers = [loader.layer(index) for index in range(config.num_layers)]
             self.layer_bytes = sum(matrix.nbytes for layer in layers for matrix in layer.matrices)
             final_norm = loader.tensor("model.norm.weight")
-            if config.tie_word_embeddings:  # one copy, in the layout that the head's product wants
+            self._head: Linear
+            self._embed: Callable[[Tensor], Tensor]
+            if shared is not None:
+                self._head, self._embed = shared._head, shared._embed
+            elif config.tie_word_embeddings:  # one copy, in the layout that the head's product wants
                 self._head = loader.linear(["model.embed_tokens"], bias=False)
                 self._embed = partial(_embed, self._head, dtype)
             else:
@@ -76,10 +82,29 @@ class Decoder:
     def forward(self, batch: StepBatch, caches: Sequence[LayerCache]) -> Tensor:
         """Write every token's keys and values to `caches` (one a layer) and return logits, float32 [R, V], of
         batch.logits_rows."""
-        x = self._stack(self._embed(batch.token_ids), batch, caches)
-        if not len(x):
+        return self.logits(self.hidden(batch, caches))
+
+    @torch.inference_mode()
+    def hidden(self, batch: StepBatch, caches: Sequence[LayerCache]) -> Tensor:
+        """`forward` up to the head: the normed hidden states [R, H]."""
+        return self._stack(self.embed(batch.token_ids), batch, caches)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [R, H] -> logits, float32 [R, V]."""
+        if not len(hidden):
             return torch.empty(0, self.config.vocab_size, device=self.device)
-        return self._head(x).float()
+        return self._head(hidden).float()
+
+    @torch.inference_mode()
+    def head_rows(self, token_ids: Tensor) -> Tensor:
+        """Rows of the output layer: int64 [N] -> [N, H]."""
+        return self._head.rows(token_ids)
+
+    @torch.inference_mode()
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """int64 [T] -> [T, H]."""
+        return self._embed(token_ids)
 
 
 @contextmanager

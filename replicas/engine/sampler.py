@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from replicas.engine.sequence import Sequence
+from replicas.engine.sequence import AfterDrafts, Sequence
+
+Row: TypeAlias = Sequence | AfterDrafts
 
 _MASK = (1 << 64) - 1
 # Dividing logits by less would overflow float32; the likeliest token has all the mass long before.
@@ -48,13 +51,27 @@ def _argmax(logits: Tensor) -> Tensor:
     return torch.from_numpy(logits.numpy().argmax(axis=-1)) if logits.device.type == "cpu" else logits.argmax(dim=-1)
 
 
+@dataclass(frozen=True, slots=True)
+class Typical:
+    """Typical acceptance (Cai et al. 2024, arXiv:2401.10774, section 3.3.2): a guess stands if its probability is above
+    min(epsilon, delta * exp(-entropy)), at the row's temperature. Not exact in distribution; greedy rows stay exact.
+    """
+
+    epsilon: float
+    delta: float
+
+
 class Sampler:
-    """eos_token_ids: what `min_tokens` forbids beside the request's own stop_token_ids."""
+    """eos_token_ids: what `min_tokens` forbids beside the request's own stop_token_ids.
 
-    def __init__(self, eos_token_ids: Seq[int]) -> None:
+    typical: lets a row's guess stand where it is plausible; None draws every token from the target alone.
+    """
+
+    def __init__(self, eos_token_ids: Seq[int], typical: Typical | None = None) -> None:
         self._eos = tuple(eos_token_ids)
+        self._typical = typical
 
-    def __call__(self, logits: Tensor, rows: Seq[Sequence]) -> list[Sampled]:
+    def __call__(self, logits: Tensor, rows: Seq[Row]) -> list[Sampled]:
         """logits: float32 [R, V], row i for the next token of rows[i]; it may be overwritten. Returns R results."""
         raw = self._raw_logprobs(logits, rows)
         logits = self._apply_edits(logits, rows)
@@ -62,19 +79,20 @@ class Sampler:
         drawn = [i for i, seq in enumerate(rows) if seq.sampling.temperature >= _GREEDY_BELOW]
         if drawn:
             picked = logits if len(drawn) == len(rows) else logits[drawn]
-            chosen[drawn] = self._draw(picked, [rows[i] for i in drawn])
+            lots = [rows[i] for i in drawn]
+            chosen[drawn] = self._draw(picked, lots)
+            if self._typical is not None:
+                self._let_guesses_stand(self._typical, chosen, drawn, picked, lots)
         tokens: list[int] = chosen.tolist()
         return self._with_logprobs(tokens, raw, rows)
 
     # ---------------------------------------------------------------- logprobs
 
-    def _raw_logprobs(self, logits: Tensor, rows: Seq[Sequence]) -> tuple[list[int], Tensor] | None:
+    def _raw_logprobs(self, logits: Tensor, rows: Seq[Row]) -> tuple[list[int], Tensor] | None:
         wanted = [i for i, seq in enumerate(rows) if seq.sampling.logprobs is not None]
         return (wanted, torch.log_softmax(logits[wanted].float(), dim=-1)) if wanted else None
 
-    def _with_logprobs(
-        self, tokens: list[int], raw: tuple[list[int], Tensor] | None, rows: Seq[Sequence]
-    ) -> list[Sampled]:
+    def _with_logprobs(self, tokens: list[int], raw: tuple[list[int], Tensor] | None, rows: Seq[Row]) -> list[Sampled]:
         sampled = [Sampled(token) for token in tokens]
         if raw is None:
             return sampled
@@ -90,7 +108,7 @@ class Sampler:
 
     # ---------------------------------------------------------------- edits of the logits
 
-    def _apply_edits(self, logits: Tensor, rows: Seq[Sequence]) -> Tensor:
+    def _apply_edits(self, logits: Tensor, rows: Seq[Row]) -> Tensor:
         edited: list[tuple[int, int, float]] = []
         banned: list[tuple[int, int]] = []
         penalised: list[int] = []
@@ -114,7 +132,7 @@ class Sampler:
             logits[penalised] = self._penalise(logits[penalised], [rows[i] for i in penalised])
         return logits
 
-    def _penalise(self, logits: Tensor, rows: Seq[Sequence]) -> Tensor:
+    def _penalise(self, logits: Tensor, rows: Seq[Row]) -> Tensor:
         """Repetition divides positive and multiplies negative logits of seen tokens (Keskar et al. 2019); presence and
         frequency subtract per output token (OpenAI)."""
 
@@ -138,7 +156,7 @@ class Sampler:
 
     # ---------------------------------------------------------------- drawing
 
-    def _draw(self, logits: Tensor, rows: Seq[Sequence]) -> Tensor:
+    def _draw(self, logits: Tensor, rows: Seq[Row]) -> Tensor:
         device = logits.device
 
         def column(values: list[float]) -> Tensor:
@@ -168,6 +186,17 @@ class Sampler:
         chosen[rest] = self._draw_whole(logits[rest], u[rest])
         chosen[part] = self._draw_limited(logits[part], top_k[part], top_p[part], u[part])
         return chosen
+
+    def _let_guesses_stand(
+        self, rule: Typical, chosen: Tensor, drawn: list[int], logits: Tensor, rows: Seq[Row]
+    ) -> None:
+        for i, row, of_row in zip(drawn, rows, logits, strict=True):
+            if row.guess is None:
+                continue
+            logprobs = torch.log_softmax(of_row.double() / row.sampling.temperature, dim=-1)
+            entropy = -(logprobs.exp() * logprobs.clamp_min(-1e4)).sum()
+            if logprobs[row.guess].exp() > min(rule.epsilon, rule.delta * float((-entropy).exp())):
+                chosen[i] = row.guess
 
     def _draw_whole(self, logits: Tensor, u: Tensor) -> Tensor:
         return self._invert(torch.softmax(logits, dim=-1, dtype=torch.float64), u)

@@ -43,6 +43,8 @@ class Step:
 
 
 class Scheduler:
+    """tokens_per_step: what one sequence may bring in a step, at most: more than one with drafts."""
+
     def __init__(
         self,
         pool: BlockPool,
@@ -51,12 +53,14 @@ class Scheduler:
         max_num_batched_tokens: int,
         watermark: float,
         limits: LineLimits | None = None,
+        tokens_per_step: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.pool = pool
         self.clock = clock
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.tokens_per_step = tokens_per_step
         self.watermark_blocks = int(watermark * pool.num_blocks)
         self.waiting: WaitingLine[Sequence] = WaitingLine(limits or LineLimits())
         self.deadlines = Deadlines()
@@ -90,6 +94,13 @@ class Scheduler:
     def record(self, seconds: float, step: Step) -> None:
         """How long `step` took, from which is learnt what is out of reach and how many seats pay."""
         self._pace.record(seconds, len(step.items), step.num_prefill_tokens, self.max_num_batched_tokens)
+
+    def tokens_at_hand(self) -> int:
+        """About how many tokens the coming step has without drafts."""
+        lacking = sum(seq.num_tokens - seq.num_computed for seq in self.running)
+        if self.waiting and len(self.running) < self.max_num_seqs:
+            return self.max_num_batched_tokens
+        return min(lacking, self.max_num_batched_tokens)
 
     # ---------------------------------------------------------------- the step
 
@@ -146,8 +157,11 @@ class Scheduler:
             if seq in paused:
                 i += 1
                 continue
-            count = min(seq.num_tokens - seq.num_computed, budget)
+            count = self._count(seq, budget, behind=len(self.running) - i - 1)
             while not self._can_extend(seq, count):
+                if seq.drafts:  # a guess is never worth somebody's place
+                    count, seq.drafts = count - len(seq.drafts), []
+                    continue
                 # Victims come from the end of the list, so nothing that this step already holds is ever taken back.
                 if self._reclaim_from_waiting(keep=seq):
                     continue
@@ -157,6 +171,13 @@ class Scheduler:
             budget -= count
             i += 1
         return budget
+
+    def _count(self, seq: Sequence, budget: int, behind: int) -> int:
+        """Tokens of `seq` to compute: those it lacks, and its drafts as far as they leave one each to those behind."""
+        lacking = seq.num_tokens - seq.num_computed
+        if seq.drafts:
+            del seq.drafts[max(budget - lacking - behind, 0) :]
+        return min(lacking + len(seq.drafts), budget)
 
     def _admit_waiting(self, step: Step, budget: int) -> None:
         now = self.clock() if self.waiting else 0.0
@@ -202,7 +223,8 @@ class Scheduler:
 
     def _least_s(self, seq: Sequence, tokens: int) -> float:
         """Seconds to compute `tokens` of a prompt and the fewest outputs allowed, at the least."""
-        return self._pace.least_s(tokens, max(seq.sampling.min_tokens, 1), self.max_num_batched_tokens)
+        steps = -(-max(seq.sampling.min_tokens, 1) // self.tokens_per_step)
+        return self._pace.least_s(tokens, steps, self.max_num_batched_tokens)
 
     def _hits(self, seq: Sequence) -> list[int]:
         """Cached blocks for a sequence that has none. One token at least is computed: its logits are sampled from."""
@@ -247,11 +269,11 @@ class Scheduler:
             seq.blocks[first] = fresh
             seq.dirty_from = min(seq.dirty_from, first)
         step.items.append((seq, count))
-        if seq.num_computed + count == seq.num_tokens:
+        if seq.logits_wanted(count):
             seq.account.cost += OUTPUT_WEIGHT  # computing one's last token brings the next
-        if count > 1 or seq.num_computed + 1 < seq.num_tokens:
+        if seq.num_computed + 1 < seq.num_tokens:
             step.num_prefill_tokens += count
-        self._store_full_blocks(seq, seq.num_computed + count)
+        self._store_full_blocks(seq, min(seq.num_computed + count, seq.num_tokens))
 
     def _store_full_blocks(self, seq: Sequence, num_known: int) -> None:
         """Offer blocks to the cache as soon as a step that fills them is scheduled.

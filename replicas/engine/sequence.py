@@ -17,6 +17,7 @@ class Sequence:
     stored: how many of `blocks` were offered to the prefix cache.
     dirty_from: first index of `blocks` that the engine has not copied into its block table yet; row: its row there.
     account: what is charged for it, and whose turn it takes; all choices of a request have one.
+    drafts: guesses at the tokens that follow, for the target to check in the next step; never more than a step old.
     """
 
     request_id: str
@@ -36,6 +37,7 @@ class Sequence:
     num_cached: int = 0
     queued_tokens: int = 0
     account: Account = field(default_factory=Account)
+    drafts: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
     @property
@@ -50,6 +52,20 @@ class Sequence:
     def output(self) -> list[int]:
         return self.tokens[self.num_prompt :]
 
+    @property
+    def guess(self) -> int | None:
+        """What its next token is thought to be."""
+        return self.drafts[0] if self.drafts else None
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it has output and lacks the keys and values of its last token only."""
+        return 0 < self.num_output and self.num_computed + 1 == len(self.tokens)
+
+    def logits_wanted(self, count: int) -> int:
+        """Rows to sample from when `count` tokens are computed: after its last known token and after each draft."""
+        return max(self.num_computed + count - len(self.tokens) + 1, 0)
+
     def extend_hashes(self, block_size: int) -> list[bytes]:
         """Hash the blocks that have become full; returns the whole chain."""
         hashes, tokens = self.hashes, self.tokens
@@ -61,9 +77,53 @@ class Sequence:
 
     def forget_blocks(self) -> list[int]:
         """Give up every block; the tokens will be computed again."""
-        blocks, self.blocks = self.blocks, []
+        blocks, self.blocks, self.drafts = self.blocks, [], []
         self.num_computed = self.stored = self.dirty_from = 0
         return blocks
+
+
+class AfterDrafts:
+    """A sequence as it would be if its first `depth` drafts were tokens: what the row behind them is sampled for."""
+
+    __slots__ = ("_depth", "_sequence")
+
+    def __init__(self, sequence: Sequence, depth: int) -> None:
+        self._sequence, self._depth = sequence, depth
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return self._sequence.sampling
+
+    @property
+    def seed(self) -> int:
+        return self._sequence.seed
+
+    @property
+    def index(self) -> int:
+        return self._sequence.index
+
+    @property
+    def num_output(self) -> int:
+        return self._sequence.num_output + self._depth
+
+    @property
+    def tokens(self) -> list[int]:
+        return self._sequence.tokens + self._sequence.drafts[: self._depth]
+
+    @property
+    def output(self) -> list[int]:
+        return self._sequence.output + self._sequence.drafts[: self._depth]
+
+    @property
+    def guess(self) -> int | None:
+        drafts = self._sequence.drafts
+        return drafts[self._depth] if self._depth < len(drafts) else None
+
+
+def sampled_rows(sequence: Sequence, count: int) -> list[Sequence | AfterDrafts]:
+    """Whom the logits that a step of `count` tokens brings are for, in their order."""
+    wanted = sequence.logits_wanted(count)
+    return [AfterDrafts(sequence, depth) if depth else sequence for depth in range(wanted)]
 
 
 @dataclass(slots=True, eq=False)

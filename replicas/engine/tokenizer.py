@@ -81,6 +81,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
+    def vocabulary(self) -> dict[str, int]:
+        """Every token and its id, added ones included."""
+        found: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        return found
+
     def encode(self, text: str) -> list[int]:
         """Ids of a plain prompt, bos_token first (never twice) where the model wants it; special tokens are known."""
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids

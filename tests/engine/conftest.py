@@ -19,11 +19,11 @@ EOS = 256
 MakeEngine = Callable[..., Engine]
 
 
-def write_byte_tokenizer(folder: Path) -> None:
-    """One token a byte, ids 0..255 in the byte's own order, and <eos> = 256."""
+def write_byte_tokenizer(folder: Path, eos: int = EOS) -> None:
+    """One token a byte, ids 0..eos-1 in the byte's own order, and <eos>: of 256 bytes, or of the first few."""
     from replicas.engine.tokenizer import _byte_alphabet
 
-    vocab = _byte_alphabet() | {"<eos>": EOS}
+    vocab = {byte: i for byte, i in _byte_alphabet().items() if i < eos} | {"<eos>": eos}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()

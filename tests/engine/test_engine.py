@@ -283,7 +283,7 @@ def test_a_failed_step_ends_its_requests_and_the_engine_goes_on(
         engine.add(request(str(i), prompt, replace(GREEDY, n=2)))
     engine.step()
     with monkeypatch.context() as patch:
-        patch.setattr(engine._decoder, "forward", lambda *_: 1 / 0)
+        patch.setattr(engine._decoder, "hidden", lambda *_: 1 / 0)
         errors = [c for c in engine.step() if c.error is not None]
     assert errors
     assert all(isinstance(c.error, EngineFault) for c in errors)

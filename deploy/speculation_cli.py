@@ -1,0 +1,89 @@
+"""`signalbox train-heads` and `signalbox distill-draft`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from replicas.engine.spec.make import Material, Progress
+
+Model = Annotated[str, typer.Argument(help="Catalogue name, Hugging Face id, folder or .gguf file.")]
+Text = Annotated[Path, typer.Option("--text", help="Plain text, or JSON lines with a prompt each.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder for the artefact; an interrupted run goes on from there.")]
+Tokens = Annotated[int, typer.Option(min=100, help="Tokens that the model writes itself, to learn from.")]
+Targets = Annotated[int, typer.Option(min=16, help="How many of the most frequent tokens can be guessed.")]
+
+
+def train_heads(
+    model: Model,
+    text: Text,
+    out: Out,
+    tokens: Tokens = 300_000,
+    targets: Targets = 4096,
+    heads: Annotated[int, typer.Option(min=1, max=16, help="Guesses ahead.")] = 4,
+    independent: Annotated[
+        bool, typer.Option("--independent", help="Heads as in Medusa's paper: none sees the tokens guessed before.")
+    ] = False,
+    steps: Annotated[int, typer.Option(min=1)] = 600,
+    batch: Annotated[int, typer.Option(min=1, help="Positions in one step.")] = 512,
+) -> None:
+    """Train Medusa heads for a model from what it writes itself."""
+    from replicas.engine.spec.make import make_heads
+
+    with _material(model, text, out, tokens, targets) as (material, progress):
+        right = make_heads(
+            material, num_heads=heads, sequential=not independent, steps=steps, batch=batch, progress=progress
+        )
+    typer.echo(f"wrote {out}; on text held out the first 1, 2, … guesses are all right in")
+    typer.echo("  ".join(f"{share:.1%}" for share in right))
+
+
+def distill_draft(
+    model: Model,
+    text: Text,
+    out: Out,
+    layers: Annotated[int, typer.Option("--layers", min=1, help="How many of the model's layers to begin with.")] = 2,
+    tokens: Tokens = 300_000,
+    targets: Targets = 4096,
+    steps: Annotated[int, typer.Option(min=1)] = 300,
+    batch: Annotated[int, typer.Option(min=1, help="Samples in one step.")] = 8,
+) -> None:
+    """Make a small draft model from some of a model's own layers, sharing its embedding and output layer."""
+    from replicas.engine.spec.make import make_draft, spread_layers
+    from replicas.engine.weights import open_checkpoint
+
+    with _material(model, text, out, tokens, targets) as (material, progress):
+        chosen = spread_layers(open_checkpoint(material.model).config.num_layers, layers)
+        right = make_draft(material, layers=chosen, steps=steps, batch=batch, progress=progress)
+    typer.echo(
+        f"wrote {out} from layers {', '.join(map(str, chosen))}; on text held out {right:.1%} of guesses are right"
+    )
+
+
+@contextmanager
+def _material(model: str, text: Path, out: Path, tokens: int, targets: int) -> Iterator[tuple[Material, Progress]]:
+    """What to learn from, and bars on stderr, one a stage."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    from deploy.models import pull
+    from replicas.engine.spec.make import Material
+
+    source = str(pull(model))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    from rich.console import Console
+
+    with Bars(*columns, console=Console(stderr=True)) as bars:
+        tasks = {}
+
+        def progress(stage: str, done: int, total: int, note: str) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total, description=f"{stage} ({note})")
+
+        yield Material(model=source, text=text, out=out, tokens=tokens, targets=targets), progress

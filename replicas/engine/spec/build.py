@@ -1,0 +1,116 @@
+"""From an engine's configuration to the proposers that it asks for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from replicas.engine.attention import Attention, choose_attention
+from replicas.engine.config import EngineConfig
+from replicas.engine.kv_format import plain_format
+from replicas.engine.loading import Loaded
+from replicas.engine.model import Decoder
+from replicas.engine.ops import Ops, choose_ops
+from replicas.engine.sampler import Typical
+from replicas.engine.spec.config import Speculative
+from replicas.engine.spec.draft_layers import CONFIG as DRAFT_CONFIG
+from replicas.engine.spec.draft_layers import DraftCheckpoint, SubsetHead
+from replicas.engine.spec.draft_model import DraftModel, Head
+from replicas.engine.spec.heads import open_heads
+from replicas.engine.spec.lookup import Ngram, Suffix
+from replicas.engine.spec.medusa import Medusa
+from replicas.engine.spec.proposer import Proposer, best_guesses
+from replicas.engine.spec.speculation import Speculation
+from replicas.engine.tokenizer import Tokenizer
+from replicas.engine.weights import Checkpoint, open_checkpoint
+from replicas.protocol import ConfigError
+
+
+def typical_rule(settings: Speculative | None) -> Typical | None:
+    if settings is None or settings.acceptance == "exact":
+        return None
+    return Typical(settings.typical_epsilon, settings.typical_delta)
+
+
+def build_speculation(config: EngineConfig, loaded: Loaded, max_model_len: int) -> Speculation:
+    """Without `config.speculative` one that never guesses. ConfigError for artefacts that do not fit to the model."""
+    settings = config.speculative
+    if settings is None:
+        return Speculation((), 0)
+    ops = choose_ops(loaded.device, loaded.dtype)
+    proposers: list[Proposer] = []
+    for method in settings.methods:
+        if method == "ngram":
+            proposers.append(Ngram(settings.min_match))
+        elif method == "suffix":
+            proposers.append(Suffix(settings.min_match, settings.suffix_tokens))
+        elif method == "medusa":
+            proposers.append(_medusa(settings, loaded, ops))
+        else:
+            proposers.append(_draft_model(settings, config, loaded, ops, max_model_len))
+    return Speculation(proposers, settings.max_draft_tokens, adaptive=settings.adaptive)
+
+
+def _medusa(settings: Speculative, loaded: Loaded, ops: Ops) -> Medusa:
+    assert settings.heads is not None, "Speculative let medusa without heads pass"
+    decoder = loaded.decoder
+    heads, tensors = open_heads(
+        settings.heads,
+        hidden_size=decoder.config.hidden_size,
+        vocab_size=decoder.config.vocab_size,
+        revision=decoder.revision,
+        any_revision=settings.any_revision,
+    )
+    return Medusa(heads, tensors, decoder, ops)
+
+
+def _draft_model(
+    settings: Speculative, config: EngineConfig, loaded: Loaded, ops: Ops, max_model_len: int
+) -> DraftModel:
+    assert settings.model is not None, "Speculative let draft_model without a model pass"
+    target = loaded.decoder
+    checkpoint: Checkpoint
+    if (Path(settings.model).expanduser() / DRAFT_CONFIG).is_file():
+        checkpoint = DraftCheckpoint(
+            Path(settings.model).expanduser(), target.config, target.revision, any_revision=settings.any_revision
+        )
+        decoder = _decoder(checkpoint, ops, loaded, max_model_len, shared=target)
+        head: Head = SubsetHead(target, checkpoint.targets, ops)
+    else:
+        checkpoint = open_checkpoint(settings.model)
+        if Tokenizer.load(checkpoint).vocabulary() != loaded.tokenizer.vocabulary():
+            raise ConfigError(
+                f"speculative.model {settings.model!r}: its tokenizer does not have the model's vocabulary, so its "
+                "guesses would mean other tokens",
+                param="speculative.model",
+            )
+        decoder = _decoder(checkpoint, ops, loaded, min(max_model_len, checkpoint.config.max_position_embeddings))
+        head = _WholeHead(decoder, target.config.vocab_size)
+    return DraftModel(
+        decoder,
+        head,
+        kv_tokens=settings.draft_kv_tokens,
+        block_size=config.block_size,
+        max_sequences=config.max_num_seqs,
+        budget=loaded.max_num_batched_tokens,
+    )
+
+
+def _decoder(
+    checkpoint: Checkpoint, ops: Ops, loaded: Loaded, max_model_len: int, shared: Decoder | None = None
+) -> Decoder:
+    attention: Attention = choose_attention(
+        "auto", loaded.device, loaded.dtype, checkpoint.config.head_dim, plain_format(loaded.dtype)
+    )
+    return Decoder(checkpoint, ops, attention, loaded.device, loaded.dtype, max_model_len, shared)
+
+
+class _WholeHead:
+    """A draft's own output layer, without the padding that it may have behind the target's vocabulary."""
+
+    def __init__(self, decoder: Decoder, vocab_size: int) -> None:
+        self._decoder, self._vocab_size = decoder, vocab_size
+
+    def __call__(self, hidden: Tensor) -> tuple[Tensor, list[float]]:
+        return best_guesses(self._decoder.logits(hidden)[:, : self._vocab_size])

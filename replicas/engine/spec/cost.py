@@ -1,0 +1,58 @@
+"""What a step costs by its number of rows, measured: once at start, then by every step that runs."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+
+import numpy as np
+from numpy.typing import NDArray
+
+_KNOTS = np.array(
+    [1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048], dtype=float
+)
+PROBED = (1, 2, 3, 4, 6, 8, 12, 16, 32)
+_SCALE_WEIGHT, _SHAPE_WEIGHT = 0.1, 0.02
+_OUTLIER, _SURPRISE = 3.0, 1.3  # a step that took so many times what was expected tells of the machine, not of its rows
+
+
+class StepCost:
+    """A shape (relative seconds by rows, which changes slowly) times a scale (how fast the machine is just now).
+
+    Comparing steps of different length therefore does not depend on whether something else ran meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._shape: NDArray[np.float64] = 1.0 + 0.05 * (_KNOTS - 1)
+        self.scale = 0.0  # seconds of a step of one row
+
+    def calibrate(self, seconds: dict[int, float]) -> None:
+        """`seconds` by rows, at least for one row; sizes that were not measured are interpolated."""
+        rows = sorted(seconds)
+        times = np.maximum.accumulate([seconds[r] for r in rows])
+        self.scale = float(times[0])
+        known = np.array(rows, dtype=float)
+        self._shape = np.interp(_KNOTS, known, times / self.scale)
+        if len(rows) > 1:  # past the last one the cost a row of the last stretch
+            slope = (times[-1] - times[-2]) / (known[-1] - known[-2]) / self.scale
+            beyond = _KNOTS > known[-1]
+            self._shape[beyond] = times[-1] / self.scale + slope * (_KNOTS[beyond] - known[-1])
+
+    def record(self, seconds: float, rows: int) -> None:
+        expected = self.relative(rows, 0)[0]
+        if self.scale == 0:
+            self.scale = seconds / expected
+        ratio = seconds / (self.scale * expected)
+        if 1 / _SURPRISE < ratio < _SURPRISE:
+            at = min(bisect_left(_KNOTS.tolist(), rows), len(_KNOTS) - 1)
+            self._shape[at] *= 1 + _SHAPE_WEIGHT * (ratio - 1)
+            self.scale, self._shape = self.scale * float(self._shape[0]), self._shape / self._shape[0]
+        self.scale *= 1 + _SCALE_WEIGHT * (min(ratio, _OUTLIER) - 1)
+
+    def relative(self, rows: int, more: int) -> NDArray[np.float64]:
+        """Cost of steps of rows, rows + 1, … rows + more rows, in steps of one row; never falling."""
+        at = np.arange(max(rows, 1), max(rows, 1) + more + 1, dtype=float)
+        shape = np.maximum.accumulate(self._shape)
+        cost: NDArray[np.float64] = np.interp(at, _KNOTS, shape)
+        beyond = at > _KNOTS[-1]
+        cost[beyond] = shape[-1] * at[beyond] / _KNOTS[-1]
+        return cost

@@ -1,0 +1,160 @@
+"""A draft made of some of the target's own layers: draft.json and draft.safetensors.
+
+    draft.json         format, layers (which of the target's they began as), base_revision, hidden_size, vocab_size
+    draft.safetensors  targets                     int32 [N]: the token ids that it can name
+                       model.layers.I.*            as in the target's checkpoint, but in int8 with a float16 scale a row
+                       NAME.scale                       (vectors: float16)
+                       model.norm.weight
+
+Embedding and output layer are the target's own, so the artefact holds nothing but layers. It is a `Checkpoint` of a
+shallower model to the decoder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from replicas.engine.gguf_file import GGUFFile
+from replicas.engine.model import Decoder
+from replicas.engine.model_config import ModelConfig
+from replicas.engine.ops import Ops
+from replicas.engine.spec.heads import check_targets, read_tensors
+from replicas.engine.spec.proposer import best_guesses
+from replicas.engine.weights import Checkpoint, expected_tensors, read_json
+from replicas.protocol import ConfigError
+
+FORMAT = "signalbox-draft-1"
+CONFIG, _WEIGHTS = "draft.json", "draft.safetensors"
+_SHARED = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftConfig:
+    layers: tuple[int, ...]
+    base_revision: str
+    hidden_size: int
+    vocab_size: int
+    format: str = FORMAT
+
+
+def own_tensors(model: ModelConfig, num_layers: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of what a draft of `num_layers` of the model's layers brings itself, by name."""
+    shapes = expected_tensors(shallow(model, num_layers))
+    return {name: shape for name, shape in shapes.items() if name not in _SHARED}
+
+
+def shallow(model: ModelConfig, num_layers: int) -> ModelConfig:
+    return replace(model, num_layers=num_layers, windows=model.windows[:num_layers])
+
+
+def save_draft(folder: Path, config: DraftConfig, tensors: Mapping[str, Tensor], targets: Tensor) -> None:
+    """Matrices in int8, to the nearest of 255 levels of each row's own range."""
+    from safetensors.torch import save_file
+
+    held: dict[str, Tensor] = {"targets": targets.to(torch.int32).contiguous()}
+    for name, tensor in tensors.items():
+        if tensor.dim() == 2:
+            scale = (tensor.abs().amax(dim=1, keepdim=True) / 127).clamp_min(1e-8).half().float()
+            held[name] = (tensor / scale).round().clamp(-127, 127).to(torch.int8).contiguous()
+            held[name + ".scale"] = scale.half().contiguous()
+        else:
+            held[name] = tensor.half().contiguous()
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / (_WEIGHTS + ".part")
+    save_file(held, partial)
+    partial.replace(folder / _WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps(asdict(config), indent=2) + "\n")
+
+
+class DraftCheckpoint:
+    """The artefact in `folder` for a target; ConfigError naming file and tensor where it does not fit to it."""
+
+    gguf: GGUFFile | None = None
+    quantization: str | None = None
+
+    def __init__(self, folder: Path, target: ModelConfig, revision: str, *, any_revision: bool) -> None:
+        self.folder = folder
+        draft = _parse(read_json(folder / CONFIG))
+        for name in ("hidden_size", "vocab_size"):
+            ours, wanted = getattr(draft, name), getattr(target, name)
+            if ours != wanted:
+                raise _refused(f"{CONFIG}: {name} is {ours}, the model's is {wanted}")
+        if draft.base_revision != revision and not any_revision:
+            raise _refused(
+                f"{CONFIG}: this draft was made from weights {draft.base_revision}, the model's are {revision} "
+                "(speculative.any_revision takes it anyway)"
+            )
+        if not all(0 <= layer < target.num_layers for layer in draft.layers):
+            raise _refused(f"{CONFIG}: layers {list(draft.layers)} are not all in 0..{target.num_layers - 1}")
+        self.config = shallow(target, len(draft.layers))
+        self.revision = f"{revision}-draft"
+        self._tensors = read_tensors(folder / _WEIGHTS)
+        for name, shape in own_tensors(target, len(draft.layers)).items():
+            self._check(name, shape)
+        check_targets(self._tensors.get("targets"), target.vocab_size, _WEIGHTS)
+        self.targets = self._tensors["targets"].long()
+
+    def _check(self, name: str, shape: tuple[int, ...]) -> None:
+        if name not in self._tensors:
+            raise _refused(f"{_WEIGHTS}: tensor {name!r} is missing")
+        if tuple(self._tensors[name].shape) != shape:
+            raise _refused(
+                f"{_WEIGHTS}: tensor {name!r} has shape {tuple(self._tensors[name].shape)}, expected {shape}"
+            )
+        if self._tensors[name].dtype is torch.int8:
+            scale = self._tensors.get(name + ".scale")
+            if scale is None or tuple(scale.shape) != (shape[0], 1):
+                raise _refused(f"{_WEIGHTS}: tensor {name + '.scale'!r} is missing or not of shape {(shape[0], 1)}")
+
+    def tensor(self, name: str) -> Tensor:
+        held = self._tensors[name]
+        return held.float() * self._tensors[name + ".scale"].float() if held.dtype is torch.int8 else held.float()
+
+    def matrix(self, module: str) -> Tensor:
+        return self.tensor(f"{module}.weight")
+
+
+class SubsetHead:
+    """The target's output layer over `targets` only: a draft that may not name rare tokens costs a fraction of one that
+    may. See `draft_model.Head`."""
+
+    def __init__(self, target: Decoder, targets: Tensor, ops: Ops) -> None:
+        self._targets = targets.to(target.device, torch.int64)
+        self._output = ops.linear(target.head_rows(self._targets).to(target.dtype), None)
+
+    def __call__(self, hidden: Tensor) -> tuple[Tensor, list[float]]:
+        at, sure = best_guesses(self._output(hidden).float())
+        return self._targets[at], sure
+
+
+def _parse(given: Mapping[str, Any]) -> DraftConfig:
+    if given.get("format") != FORMAT:
+        raise _refused(f"{CONFIG}: format {given.get('format')!r} is not supported; use {FORMAT}")
+    try:
+        config = DraftConfig(**{**given, "layers": tuple(given.get("layers", ()))})
+    except TypeError as error:
+        raise _refused(f"{CONFIG}: {error}") from error
+    if not config.layers or not all(isinstance(layer, int) for layer in config.layers):
+        raise _refused(f"{CONFIG}: layers must name at least one layer by number")
+    return config
+
+
+def _refused(why: str) -> ConfigError:
+    return ConfigError(why, param="speculative.model")
+
+
+def layer_tensors(checkpoint: Checkpoint, layers: tuple[int, ...]) -> dict[str, Tensor]:
+    """The chosen layers of a checkpoint, renumbered from 0, and the final norm; float32."""
+    renamed = {"model.norm.weight": checkpoint.tensor("model.norm.weight").float()}
+    for name in own_tensors(checkpoint.config, len(layers)):
+        if name.startswith("model.layers."):
+            _, _, index, rest = name.split(".", 3)
+            renamed[name] = checkpoint.tensor(f"model.layers.{layers[int(index)]}.{rest}").float()
+    return renamed

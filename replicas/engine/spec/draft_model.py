@@ -1,0 +1,123 @@
+"""Guesses from a smaller model that runs ahead, on blocks of a KV pool of its own.
+
+For every sequence that it guesses for it keeps a *shadow*: the tokens whose keys and values are in its pool. A shadow
+follows the target: rejected guesses are cut off and overwritten, what the target wrote itself is computed when the next
+guesses are wanted. A shadow that finds no room in the pool is simply not guessed for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from replicas.engine.batch import StepBatch
+from replicas.engine.blocks import BlockPool
+from replicas.engine.kv_format import LayerCache, allocate_caches, plain_format
+from replicas.engine.layout import Layout
+from replicas.engine.model import Decoder
+from replicas.engine.sequence import Sequence
+from replicas.engine.spec.proposer import Proposal, level
+
+
+class Head(Protocol):
+    def __call__(self, hidden: Tensor) -> tuple[Tensor, list[float]]:
+        """Hidden states [R, H] -> the likeliest token of each, int64 [R], and its probability."""
+        ...
+
+
+class DraftModel:
+    """decoder: the small model. head: from its hidden states to tokens. kv_tokens: size of its pool.
+
+    max_sequences: shadows at most. budget: tokens of one of its steps, so that a long prompt is computed in pieces.
+    """
+
+    name, costs = "draft_model", True
+
+    def __init__(
+        self, decoder: Decoder, head: Head, *, kv_tokens: int, block_size: int, max_sequences: int, budget: int
+    ) -> None:
+        self._decoder, self._head, self._budget = decoder, head, budget
+        blocks = max(kv_tokens // block_size, 1)
+        self.pool = BlockPool(blocks, block_size, enable_prefix_caching=False)
+        self._layout = Layout(max_sequences, decoder.max_model_len, block_size, decoder.device)
+        self._caches: list[LayerCache] = allocate_caches(
+            blocks,
+            block_size,
+            num_layers=decoder.num_layers,
+            num_kv_heads=decoder.num_kv_heads,
+            head_dim=decoder.head_dim,
+            kv=plain_format(decoder.dtype),
+            device=decoder.device,
+        )
+        self._shadows: dict[Sequence, Sequence] = {}
+
+    @torch.inference_mode()
+    def propose(self, sequences: Seq[Sequence], depth: int) -> list[Proposal]:
+        shadows = {seq: shadow for seq in sequences if (shadow := self._follow(seq, depth)) is not None}
+        guesses: dict[Sequence, tuple[list[int], list[int]]] = {seq: ([], []) for seq in sequences}
+        for _ in range(depth if shadows else 0):
+            tokens, sure = self._next_tokens(list(shadows.values()))
+            for (seq, shadow), token, probability in zip(shadows.items(), tokens, sure, strict=True):
+                shadow.tokens.append(token)
+                guesses[seq][0].append(token)
+                guesses[seq][1].append(level(probability))
+        return [Proposal(*guesses[seq]) for seq in sequences]
+
+    def _follow(self, seq: Sequence, depth: int) -> Sequence | None:
+        """The shadow of `seq` with exactly its tokens and blocks for `depth` more; None if there is no room."""
+        shadow = self._shadows.get(seq)
+        if shadow is None:
+            if len(self._shadows) == len(self._layout.table):
+                return None
+            shadow = Sequence(seq.request_id, seq.index, [], 0, seq.sampling, 0, b"")
+        agree = min(len(shadow.tokens), len(seq.tokens))
+        while agree > seq.num_prompt and shadow.tokens[agree - 1] != seq.tokens[agree - 1]:
+            agree -= 1  # guesses stand at the end, so this looks at a few tokens only
+        shadow.tokens[agree:] = seq.tokens[agree:]
+        shadow.num_computed = min(shadow.num_computed, agree, len(seq.tokens) - 1)
+        length = len(seq.tokens) + depth
+        missing = -(-length // self.pool.block_size) - len(shadow.blocks)
+        if length > self._decoder.max_model_len or missing > self.pool.num_free:
+            self.forget(seq)
+            return None
+        if missing > 0:
+            shadow.blocks += self.pool.allocate(missing)
+        self._shadows[seq] = shadow
+        return shadow
+
+    def _next_tokens(self, shadows: list[Sequence]) -> tuple[list[int], list[float]]:
+        """Compute all that each shadow lacks, in steps of `budget` tokens; what its last row says comes next."""
+        states: dict[Sequence, Tensor] = {}
+        while lacking := [s for s in shadows if s.num_computed < s.num_tokens]:
+            items, left = [], self._budget
+            for shadow in lacking:
+                count = min(shadow.num_tokens - shadow.num_computed, left)
+                if count:
+                    items.append((shadow, count))
+                    left -= count
+            batch: StepBatch = self._layout(items)
+            rows = iter(self._decoder.hidden(batch, self._caches))
+            for shadow, count in items:
+                shadow.num_computed += count
+                if shadow.num_computed == shadow.num_tokens:
+                    states[shadow] = next(rows)
+        tokens, sure = self._head(torch.stack([states[shadow] for shadow in shadows]))
+        return tokens.tolist(), sure
+
+    def observe(self, seq: Sequence, hidden: Tensor) -> None:
+        pass
+
+    def forget(self, seq: Sequence) -> None:
+        shadow = self._shadows.pop(seq, None)
+        if shadow is not None:
+            self._layout.release(shadow)
+            self.pool.release(shadow.forget_blocks())
+
+    def check_integrity(self, running: Seq[Sequence]) -> None:
+        assert set(self._shadows) <= set(running), "a shadow outlived its sequence"
+        self.pool.check_integrity([shadow.blocks for shadow in self._shadows.values()])
+        rows = sum(shadow.row >= 0 for shadow in self._shadows.values())
+        assert self._layout.rows_in_use == rows, f"{self._layout.rows_in_use} draft rows in use, {rows} held"

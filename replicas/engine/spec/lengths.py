@@ -1,0 +1,55 @@
+"""How many guesses each sequence brings into a step: as many as make tokens come fastest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import numpy as np
+from numpy.typing import NDArray
+
+MARGIN = 1.02  # measured figures are a little wrong: gains smaller than this are not believed
+
+
+def choose_lengths(probabilities: Seq[Seq[float]], cost: NDArray[np.float64]) -> list[int]:
+    """probabilities[i][j]: that guess j of sequence i is right if those before it are. cost[r]: of r guesses' step.
+
+    A sequence brings one token by itself, and guess j another with the product of the probabilities up to j. Products
+    fall with j, so taking guesses in falling order takes them from the front of each sequence; the best number of them
+    is the one with the most expected tokens per cost. Cost need not be convex.
+    """
+    owners: list[int] = []
+    gains: list[float] = []
+    for i, row in enumerate(probabilities):
+        chance = 1.0
+        for probability in row:
+            chance *= probability
+            owners.append(i)
+            gains.append(chance)
+    lengths = [0] * len(probabilities)
+    if not gains:
+        return lengths
+    order = np.argsort(-np.array(gains), kind="stable")[: len(cost) - 1]
+    tokens = len(probabilities) + np.concatenate(([0.0], np.array(gains)[order].cumsum()))
+    speed = tokens / cost[: len(tokens)]
+    best = int(speed.argmax())
+    if speed[best] >= MARGIN * speed[0]:
+        for at in order[:best]:
+            lengths[owners[at]] += 1
+    return lengths
+
+
+def choose_depth(usual: Seq[Seq[float]], others: int, cost: NDArray[np.float64], each: float) -> int:
+    """How deep to ask a proposer whose every further guess (for all sequences at once) costs `each`, 0: not at all.
+
+    usual[i][j]: what guess j of sequence i is usually worth; `others` sequences take part in the step without guesses.
+    """
+    asked = len(usual)
+    if not asked:
+        return 0
+    chances = np.cumprod(np.array(usual), axis=1).sum(axis=0)
+    tokens = asked + others + np.concatenate(([0.0], chances.cumsum()))
+    depths = np.arange(len(tokens))
+    rows = np.minimum(depths * asked, len(cost) - 1)
+    speed = tokens / (cost[rows] + depths * each)
+    best = int(speed.argmax())
+    return best if speed[best] >= MARGIN * speed[0] else 0

@@ -1,0 +1,130 @@
+"""`signalbox train-heads` and `signalbox distill-draft`: from a model and a text to an artefact, resumable throughout.
+
+What is in the making lies in OUT/work: the model's own text and the training's last checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from replicas.engine.model_config import ModelConfig
+from replicas.engine.spec.draft_layers import DraftCheckpoint, DraftConfig, layer_tensors, save_draft, shallow
+from replicas.engine.spec.heads import HeadsConfig, save_heads
+from replicas.engine.spec.self_text import Sample, frequent_tokens, read_prompts, read_self_text, write_self_text
+from replicas.engine.spec.train import (
+    Schedule,
+    Vocabulary,
+    measure_draft,
+    measure_heads,
+    split,
+    train_draft,
+    train_heads,
+)
+from replicas.engine.tokenizer import Tokenizer
+from replicas.engine.weights import Checkpoint, open_checkpoint
+from replicas.protocol import ConfigError
+
+Progress = Callable[[str, int, int, str], None]  # stage, done, of how many, what to say of it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Material:
+    """text: prompts (see `read_prompts`). tokens: of the model's own text to learn from. targets: ids to name."""
+
+    model: str
+    text: Path
+    out: Path
+    tokens: int = 300_000
+    targets: int = 4096
+
+
+def _learn_from(material: Material, progress: Progress) -> tuple[Checkpoint, list[Sample], list[Sample], Vocabulary]:
+    checkpoint = open_checkpoint(material.model)
+    if not material.text.is_file():
+        raise ConfigError(f"{material.text} is not a file")
+    start, end = _chat_frame(Tokenizer.load(checkpoint))
+    prompts = read_prompts(material.text, start, end)
+    own_text = material.out / "work" / "text"
+    write_self_text(
+        material.model,
+        prompts,
+        own_text,
+        tokens=material.tokens,
+        report=lambda have: progress("writing", min(have, material.tokens), material.tokens, "tokens"),
+    )
+    samples = list(read_self_text(own_text))
+    embed = checkpoint.tensor("model.embed_tokens.weight").float()
+    tied = checkpoint.config.tie_word_embeddings
+    targets = torch.from_numpy(frequent_tokens(samples, material.targets))
+    output = embed[targets] if tied else checkpoint.tensor("lm_head.weight").float()[targets]
+    learn, measure = split(samples)
+    return checkpoint, learn, measure, Vocabulary(embed, output, targets)
+
+
+def _chat_frame(tokenizer: Tokenizer) -> tuple[str, str]:
+    """Around a user's message, for templates in the ChatML form; others get plain text."""
+    if "<|im_start|>" not in tokenizer.chat_template:
+        return "", ""
+    return "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
+
+
+def make_heads(
+    material: Material, *, num_heads: int, sequential: bool, steps: int, batch: int, progress: Progress
+) -> list[float]:
+    """Writes the artefact; returns how often, on text held out, the first head is right, the first two, …"""
+    checkpoint, learn, measure, vocabulary = _learn_from(material, progress)
+    shape = checkpoint.config
+    config = HeadsConfig(
+        num_heads=num_heads,
+        hidden_size=shape.hidden_size,
+        vocab_size=shape.vocab_size,
+        base_revision=checkpoint.revision,
+        sequential=sequential,
+    )
+    tensors = train_heads(
+        learn,
+        config,
+        vocabulary,
+        Schedule(steps=steps, batch=batch, rate=2e-3),
+        material.out / "work" / f"heads-{num_heads}-{int(sequential)}.pt",
+        lambda step, loss: progress("training", step, steps, f"loss {loss:.3f}"),
+    )
+    save_heads(material.out, config, {**tensors, "targets": vocabulary.targets})
+    return measure_heads(tensors, measure, config, vocabulary)
+
+
+def make_draft(material: Material, *, layers: tuple[int, ...], steps: int, batch: int, progress: Progress) -> float:
+    """Writes the artefact; returns how often, on text held out, it guesses the next token."""
+    checkpoint, learn, measure, vocabulary = _learn_from(material, progress)
+    shape: ModelConfig = shallow(checkpoint.config, len(layers))
+    tensors = train_draft(
+        learn,
+        layer_tensors(checkpoint, layers),
+        shape,
+        vocabulary,
+        Schedule(steps=steps, batch=batch, rate=5e-4),
+        material.out / "work" / f"draft-{'-'.join(map(str, layers))}.pt",
+        lambda step, loss: progress("training", step, steps, f"loss {loss:.3f}"),
+    )
+    config = DraftConfig(
+        layers=layers,
+        base_revision=checkpoint.revision,
+        hidden_size=shape.hidden_size,
+        vocab_size=shape.vocab_size,
+    )
+    save_draft(material.out, config, tensors, vocabulary.targets)
+    written = DraftCheckpoint(material.out, checkpoint.config, checkpoint.revision, any_revision=False)
+    kept: dict[str, Tensor] = {name: written.tensor(name) for name in tensors}
+    return measure_draft(kept, measure, shape, vocabulary)
+
+
+def spread_layers(num_layers: int, wanted: int) -> tuple[int, ...]:
+    """`wanted` of a model's layers, first and last among them, the rest evenly between; one: the first."""
+    if not 1 <= wanted < num_layers:
+        raise ConfigError(f"--layers must be between 1 and {num_layers - 1}, got {wanted}")
+    return tuple(round(i * (num_layers - 1) / max(wanted - 1, 1)) for i in range(wanted))

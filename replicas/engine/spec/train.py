@@ -1,0 +1,285 @@
+"""Training that can be interrupted: heads (heads.py) and drafts (draft_layers.py) learn what the model itself wrote.
+
+    train_heads    positions are independent: a state, the tokens after it, and the heads' guesses at those tokens
+    train_draft    whole samples through the draft's layers, which begin as copies of the target's own
+
+Both minimise the cross-entropy of the model's own next tokens among `targets`, the ids that the artefact can name;
+other tokens do not count. AdamW, cosine from `rate` to a tenth of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from replicas.engine.model import rope_table
+from replicas.engine.model_config import ModelConfig
+from replicas.engine.spec.heads import HeadsConfig
+from replicas.engine.spec.self_text import Sample
+
+IGNORED = -100
+_HELD_OUT = 20  # every so manyeth sample is for measuring
+_DECAY = 0.8  # how much less each further head's loss counts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """steps of `batch` positions (heads) or samples (drafts). save_every: steps between checkpoints."""
+
+    steps: int
+    batch: int
+    rate: float
+    seed: int = 0
+    save_every: int = 25
+
+
+Report = Callable[[int, float], None]  # step, smoothed loss
+
+
+class Vocabulary:
+    """embed [V, H] of the model, and the output rows [N, H] of the N targets: neither is trained."""
+
+    def __init__(self, embed: Tensor, output: Tensor, targets: Tensor) -> None:
+        self.embed, self.output, self.targets = embed, output, targets
+        self.place = torch.full((len(embed),), IGNORED)
+        self.place[targets] = torch.arange(len(targets))
+
+
+def _run(
+    parameters: dict[str, nn.Parameter],
+    loss_of: Callable[[int], Tensor],
+    schedule: Schedule,
+    file: Path,
+    report: Report,
+) -> None:
+    """`schedule.steps` steps, continued from `file` if there is one of the same schedule."""
+    optimiser = torch.optim.AdamW(parameters.values(), lr=schedule.rate, weight_decay=0.01)
+    first, smooth = 0, 0.0
+    if file.is_file():
+        held: dict[str, Any] = torch.load(file, weights_only=True)
+        if held["steps"] == schedule.steps and held["weights"].keys() == parameters.keys():
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    parameter.copy_(held["weights"][name])
+            optimiser.load_state_dict(held["optimiser"])
+            first, smooth = held["step"], held["loss"]
+    for step in range(first, schedule.steps):
+        rate = schedule.rate * (0.55 + 0.45 * math.cos(math.pi * step / schedule.steps)) * min(1.0, (step + 1) / 20)
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        loss = loss_of(step)
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        optimiser.step()
+        smooth = float(loss.detach()) if step == 0 else smooth + 0.05 * (float(loss.detach()) - smooth)
+        if (step + 1) % schedule.save_every == 0 or step + 1 == schedule.steps:
+            partial = file.with_suffix(".part")
+            torch.save(
+                {
+                    "step": step + 1,
+                    "steps": schedule.steps,
+                    "loss": smooth,
+                    "weights": {name: parameter.detach() for name, parameter in parameters.items()},
+                    "optimiser": optimiser.state_dict(),
+                },
+                partial,
+            )
+            partial.replace(file)
+            report(step + 1, smooth)
+
+
+def split(samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
+    """(for training, for measuring)"""
+    return (
+        [s for i, s in enumerate(samples) if i % _HELD_OUT],
+        [s for i, s in enumerate(samples) if i % _HELD_OUT == 0],
+    )
+
+
+# -------------------------------------------------------------------- heads
+
+
+def positions(samples: list[Sample], heads: int) -> tuple[Tensor, Tensor]:
+    """states float32 [N, H] and tokens int64 [N, heads + 1]: the one that came next and those after it, or IGNORED."""
+    rows = []
+    for sample in samples:
+        padded = np.concatenate((sample.output, np.full(heads, IGNORED, dtype=np.int32)))
+        rows.append(np.lib.stride_tricks.sliding_window_view(padded, heads + 1)[: len(sample.states)])
+    states = np.concatenate([s.states for s in samples])
+    return torch.from_numpy(states), torch.from_numpy(np.concatenate(rows)).long()
+
+
+def head_logits(
+    weights: dict[str, Any], config: HeadsConfig, states: Tensor, tokens: Tensor, vocabulary: Vocabulary
+) -> Iterator[Tensor]:
+    """Each head's logits over the targets, [N, targets], given the true tokens before its guess. Formulas: heads.py."""
+    z = states
+    for i in range(config.num_heads):
+        grown = functional.linear(
+            z if config.sequential else states, weights[f"heads.{i}.state.weight"], weights[f"heads.{i}.state.bias"]
+        )
+        if config.sequential:
+            before = vocabulary.embed[tokens[:, i].clamp_min(0)]
+            grown = grown + functional.linear(before, weights[f"heads.{i}.token.weight"])
+        z = (z if config.sequential else states) + functional.silu(grown)
+        yield functional.linear(z, vocabulary.output)
+
+
+def train_heads(
+    samples: list[Sample], config: HeadsConfig, vocabulary: Vocabulary, schedule: Schedule, file: Path, report: Report
+) -> dict[str, Tensor]:
+    """The heads' tensors, without `targets`."""
+    torch.manual_seed(schedule.seed)
+    weights = {
+        name: nn.Parameter(torch.zeros(shape) if name.endswith("bias") else torch.randn(shape) * 0.01)
+        for name, shape in config.shapes().items()
+    }
+    states, tokens = positions(samples, config.num_heads)
+    generator = torch.Generator()
+
+    def loss_of(step: int) -> Tensor:
+        generator.manual_seed(schedule.seed * 1_000_003 + step)
+        rows = torch.randint(len(states), (schedule.batch,), generator=generator)
+        batch, total = tokens[rows], torch.zeros(())
+        for i, logits in enumerate(head_logits(weights, config, states[rows].float(), batch, vocabulary)):
+            total = total + _DECAY**i * _cross_entropy(logits, batch[:, i + 1], vocabulary)
+        return total
+
+    _run(weights, loss_of, schedule, file, report)
+    return {name: parameter.detach() for name, parameter in weights.items()}
+
+
+def _cross_entropy(logits: Tensor, tokens: Tensor, vocabulary: Vocabulary) -> Tensor:
+    wanted = torch.where(tokens >= 0, vocabulary.place[tokens.clamp_min(0)], IGNORED)
+    known = wanted != IGNORED
+    return functional.cross_entropy(logits[known], wanted[known]) if known.any() else logits.sum() * 0
+
+
+@torch.inference_mode()
+def measure_heads(
+    weights: dict[str, Tensor], samples: list[Sample], config: HeadsConfig, vocabulary: Vocabulary
+) -> list[float]:
+    """Share of positions where head i and all before it guess what the model wrote."""
+    states, tokens = positions(samples, config.num_heads)
+    right, tried = np.zeros(config.num_heads), np.zeros(config.num_heads)
+    for part in torch.split(torch.arange(len(states)), 512):
+        alive = torch.ones(len(part), dtype=torch.bool)
+        for i, logits in enumerate(head_logits(weights, config, states[part].float(), tokens[part], vocabulary)):
+            there = tokens[part, i + 1] >= 0
+            alive &= vocabulary.targets[logits.argmax(dim=-1)] == tokens[part, i + 1]
+            right[i] += float((alive & there).sum())
+            tried[i] += float(there.sum())
+    return [float(share) for share in right / np.maximum(tried, 1)]
+
+
+# -------------------------------------------------------------------- drafts
+
+
+class Layers:
+    """Some layers of a decoder as torch operations that can be differentiated; whole sequences, causal, no cache."""
+
+    def __init__(self, weights: dict[str, Any], config: ModelConfig, longest: int) -> None:
+        self._weights, self._config = weights, config
+        self._cos, self._sin = rope_table(config, longest).chunk(2, dim=-1)
+
+    def __call__(self, embeddings: Tensor) -> Tensor:
+        """[B, T, H] -> normed [B, T, H]"""
+        x = embeddings
+        for index in range(self._config.num_layers):
+            prefix = f"model.layers.{index}."
+            x = x + self._attend(prefix + "self_attn.", self._norm(x, prefix + "input_layernorm"), index)
+            y = self._norm(x, prefix + "post_attention_layernorm")
+            gate, up = self._linear(y, prefix + "mlp.gate_proj"), self._linear(y, prefix + "mlp.up_proj")
+            x = x + self._linear(functional.silu(gate) * up, prefix + "mlp.down_proj")
+        return self._norm(x, "model.norm")
+
+    def _linear(self, x: Tensor, name: str) -> Tensor:
+        return functional.linear(x, self._weights[f"{name}.weight"], self._weights.get(f"{name}.bias"))
+
+    def _norm(self, x: Tensor, name: str) -> Tensor:
+        weight: Tensor = self._weights[f"{name}.weight"]
+        return functional.rms_norm(x, (x.shape[-1],), weight, self._config.rms_norm_eps)
+
+    def _rotate(self, x: Tensor) -> Tensor:
+        cos, sin = self._cos[: x.shape[2]], self._sin[: x.shape[2]]
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+    def _attend(self, prefix: str, x: Tensor, index: int) -> Tensor:
+        config, (rows, length, _) = self._config, x.shape
+        q, k, v = (
+            self._linear(x, f"{prefix}{name}_proj").view(rows, length, -1, config.head_dim).transpose(1, 2)
+            for name in "qkv"
+        )
+        if config.qk_norm:
+            q, k = self._norm(q, prefix + "q_norm"), self._norm(k, prefix + "k_norm")
+        q, k = self._rotate(q), self._rotate(k)
+        mask = torch.ones(length, length, dtype=torch.bool).tril()
+        window = config.windows[index]
+        if window is not None:
+            mask &= ~torch.ones(length, length, dtype=torch.bool).tril(-window)
+        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        return self._linear(out.transpose(1, 2).reshape(rows, length, -1), prefix + "o_proj")
+
+
+def _padded(samples: list[Sample]) -> tuple[Tensor, Tensor]:
+    """tokens [B, T] and what each position should guess, IGNORED in prompts and padding."""
+    longest = max(len(s.prompt) + len(s.output) for s in samples)
+    tokens = torch.zeros(len(samples), longest, dtype=torch.int64)
+    wanted = torch.full((len(samples), longest), IGNORED)
+    for row, s in enumerate(samples):
+        whole = torch.from_numpy(np.concatenate((s.prompt, s.output))).long()
+        tokens[row, : len(whole)] = whole
+        wanted[row, len(s.prompt) : len(whole) - 1] = whole[len(s.prompt) + 1 :]
+    return tokens, wanted
+
+
+def train_draft(
+    samples: list[Sample],
+    weights: dict[str, Tensor],
+    config: ModelConfig,
+    vocabulary: Vocabulary,
+    schedule: Schedule,
+    file: Path,
+    report: Report,
+) -> dict[str, Tensor]:
+    """Fine-tuned copies of `weights` (draft_layers.layer_tensors); config: the shallow model's."""
+    trained = {name: nn.Parameter(tensor.clone()) for name, tensor in weights.items()}
+    layers = Layers(trained, config, 1 + max(len(s.prompt) + len(s.output) for s in samples))
+    by_length = sorted(samples, key=lambda s: len(s.prompt) + len(s.output))
+    generator = np.random.default_rng(schedule.seed)
+    starts = generator.integers(0, max(len(by_length) - schedule.batch, 0) + 1, schedule.steps)
+
+    def loss_of(step: int) -> Tensor:
+        tokens, wanted = _padded(by_length[starts[step] : starts[step] + schedule.batch])
+        hidden = layers(vocabulary.embed[tokens])
+        asked = wanted != IGNORED
+        return _cross_entropy(functional.linear(hidden[asked], vocabulary.output), wanted[asked], vocabulary)
+
+    _run(trained, loss_of, schedule, file, report)
+    return {name: parameter.detach() for name, parameter in trained.items()}
+
+
+@torch.inference_mode()
+def measure_draft(
+    weights: dict[str, Tensor], samples: list[Sample], config: ModelConfig, vocabulary: Vocabulary
+) -> float:
+    """Share of output tokens that the draft guesses, given the true ones before it."""
+    layers = Layers(weights, config, 1 + max(len(s.prompt) + len(s.output) for s in samples))
+    right = tried = 0
+    for sample in samples:
+        tokens, wanted = _padded([sample])
+        hidden, asked = layers(vocabulary.embed[tokens]), wanted != IGNORED
+        guessed = vocabulary.targets[functional.linear(hidden[asked], vocabulary.output).argmax(dim=-1)]
+        right += int((guessed == wanted[asked]).sum())
+        tried += int(asked.sum())
+    return right / max(tried, 1)

@@ -1,0 +1,286 @@
+"""The parts of speculation alone: lookups, lengths, measured cost and acceptance, artefacts, training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from replicas.engine import Engine, EngineConfig, SamplingParams
+from replicas.engine.sequence import Sequence
+from replicas.engine.spec.acceptance import Acceptance
+from replicas.engine.spec.config import Speculative
+from replicas.engine.spec.cost import StepCost
+from replicas.engine.spec.lengths import choose_depth, choose_lengths
+from replicas.engine.spec.lookup import Index, Ngram, Suffix
+from replicas.engine.spec.make import Material, make_draft, make_heads
+from replicas.engine.spec.self_text import read_self_text
+from replicas.protocol import ConfigError, FinishReason
+from tests.engine.drafts import write_heads, write_layers_draft, write_noised_copy
+
+
+def sequence(tokens: list[int], root: bytes = b"") -> Sequence:
+    return Sequence("r", 0, tokens, len(tokens), SamplingParams(), 0, root)
+
+
+# -------------------------------------------------------------------- lookups
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.integers(1, 3), st.integers(1, 5))
+def test_a_sequence_is_searched_as_a_naive_search_would(tokens: list[int], n: int, most: int) -> None:
+    index = Index(n)
+    index.extend(tokens)
+    agree, follows = index.find(tokens, most, itself=True)
+    ends = [e for e in range(n, len(tokens)) if tokens[e - n : e] == tokens[-n:]]
+    assert bool(follows) == bool(ends)
+    if ends:
+        assert agree >= n
+        assert len(follows) == most
+        assert any(tokens[e : e + most] == follows[: len(tokens) - e][:most] for e in ends)
+
+
+def test_a_loop_is_foretold_to_any_depth() -> None:
+    [proposal] = Ngram(2).propose([sequence([9, 1, 2, 3, 1, 2, 3, 1, 2])], 7)
+    assert list(proposal.tokens) == [3, 1, 2, 3, 1, 2, 3]
+
+
+def ended(seq: Sequence) -> Sequence:
+    seq.finish_reason = FinishReason.STOP
+    return seq
+
+
+def test_a_tenants_earlier_text_is_never_anothers() -> None:
+    suffix = Suffix(2, 1000)
+    suffix.forget(ended(sequence([1, 2, 3, 4, 5, 6], b"alice")))
+    mine, theirs = suffix.propose([sequence([7, 1, 2, 3], b"alice"), sequence([7, 1, 2, 3], b"bob")], 3)
+    assert list(mine.tokens) == [4, 5, 6]
+    assert not theirs.tokens
+
+
+def test_aborted_text_is_not_kept_and_memory_is_bounded() -> None:
+    suffix = Suffix(2, 100)
+    suffix.forget(sequence([1, 2, 3, 4], b"a"))
+    assert suffix.num_tokens == 0
+    for i in range(50):
+        suffix.forget(ended(sequence([i, i + 1, i + 2] * 4, b"%d" % (i % 3))))
+        suffix.check_integrity([])
+    assert 0 < suffix.num_tokens <= 101
+
+
+# -------------------------------------------------------------------- lengths, cost, acceptance
+
+
+def test_guesses_that_cost_nothing_are_all_taken_and_dear_ones_are_not() -> None:
+    free, dear = np.ones(9), 1.0 + np.arange(9.0)
+    assert choose_lengths([[0.5, 0.5], [0.9]], free) == [2, 1]
+    assert choose_lengths([[0.5, 0.5], [0.9]], dear) == [0, 0]
+
+
+def test_a_step_up_in_cost_is_crossed_when_what_lies_behind_it_pays() -> None:
+    """The first guess does not pay by itself, four of them do."""
+    cost = np.array([1.0, 1.6, 1.6, 1.6, 1.6])
+    assert choose_lengths([[0.9] * 4], cost) == [4]
+    assert choose_lengths([[0.9]], cost[:2]) == [1]
+    assert choose_lengths([[0.5]], cost[:2]) == [0]
+
+
+@given(st.lists(st.lists(st.floats(0.01, 0.98), max_size=4), min_size=1, max_size=4), st.floats(0.0, 1.0))
+def test_chosen_lengths_are_the_best_there_are(probabilities: list[list[float]], slope: float) -> None:
+    cost = 1.0 + slope * np.arange(1 + sum(map(len, probabilities)))
+
+    def speed(lengths: list[int]) -> float:
+        gains = [float(np.prod(row[: j + 1])) for row, n in zip(probabilities, lengths, strict=True) for j in range(n)]
+        return (len(probabilities) + sum(gains)) / cost[sum(lengths)]
+
+    def every(rows: list[list[float]]) -> list[list[int]]:
+        return [[n, *rest] for n in range(len(rows[0]) + 1) for rest in every(rows[1:])] if rows else [[]]
+
+    best = max(map(speed, every(probabilities)))
+    assert speed(choose_lengths(probabilities, cost)) >= best / 1.02 - 1e-9
+
+
+def test_a_proposer_that_costs_more_than_it_brings_is_not_asked() -> None:
+    flat = np.ones(40)
+    assert choose_depth([[0.7, 0.6, 0.5]], 0, flat, 0.05) == 3
+    assert choose_depth([[0.7, 0.6, 0.5]], 0, flat, 0.5) == 1
+    assert choose_depth([[0.7, 0.6, 0.5]], 15, flat, 0.5) == 0
+
+
+def test_cost_never_falls_and_a_busy_machine_does_not_change_its_shape() -> None:
+    cost = StepCost()
+    cost.calibrate({1: 0.02, 2: 0.019, 4: 0.024, 8: 0.04})
+    before = cost.relative(1, 30)
+    assert (np.diff(before) >= 0).all()
+    assert before[7] == pytest.approx(2.0)
+    for _ in range(200):  # everything takes three times as long for a while
+        cost.record(0.06, 1)
+        cost.record(0.12, 8)
+    assert cost.relative(8, 0)[0] / cost.relative(1, 0)[0] == pytest.approx(2.0, rel=0.1)
+    assert cost.scale == pytest.approx(0.06, rel=0.05)
+
+
+def test_cost_learns_that_more_rows_are_dearer_than_thought() -> None:
+    cost = StepCost()
+    for _ in range(600):
+        cost.record(0.02, 1)
+        cost.record(0.08, 8)
+    assert cost.relative(8, 0)[0] / cost.relative(1, 0)[0] == pytest.approx(4.0, rel=0.1)
+
+
+def test_acceptance_is_learnt_by_level_and_by_sequence_and_forgiven() -> None:
+    acceptance, good, bad = Acceptance(4), sequence([1]), sequence([1])
+    for _ in range(300):
+        acceptance.record(good, [8, 8], 2)
+        acceptance.record(bad, [8, 8], 0)
+    [of_good], [of_bad], [of_new] = (acceptance.probabilities(s, [8]) for s in (good, bad, sequence([1])))
+    assert of_bad < of_new < of_good
+    for _ in range(200):
+        acceptance.idle(bad)
+    assert acceptance.probabilities(bad, [8]) == pytest.approx([of_new], rel=0.1)
+
+
+# -------------------------------------------------------------------- settings and artefacts
+
+
+@pytest.mark.parametrize(
+    ("given", "word"),
+    [
+        ({"method": "eagle"}, "eagle"),
+        ({"method": ()}, "method"),
+        ({"method": ("ngram", "suffix")}, "suffix"),
+        ({"method": "medusa"}, "speculative.heads"),
+        ({"method": "ngram", "model": "x"}, "speculative.model"),
+        ({"method": "ngram", "max_draft_tokens": 0}, "max_draft_tokens"),
+        ({"method": "ngram", "acceptance": "lax"}, "acceptance"),
+        ({"method": "ngram", "typical_delta": 0.0}, "typical_delta"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_by_name(given: dict[str, Any], word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        Speculative(**given)
+
+
+def start(target: Path, **speculative: Any) -> Engine:
+    return Engine(EngineConfig(model=str(target), num_blocks=16, speculative=Speculative(**speculative)))
+
+
+def _truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _edit(file: Path, **changed: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+
+
+HEADS: list[tuple[Callable[[Path], None], str]] = [
+    (lambda folder: _edit(folder / "heads.json", hidden_size=64), "heads.json: hidden_size is 64, the model's is 48"),
+    (lambda folder: _edit(folder / "heads.json", vocab_size=99), "heads.json: vocab_size is 99, the model's is 257"),
+    (lambda folder: _edit(folder / "heads.json", base_revision="ab"), "heads.json: .* trained for weights ab"),
+    (lambda folder: _edit(folder / "heads.json", num_heads=4), r"heads.safetensors: tensor 'heads.3.*' is missing"),
+    (lambda folder: _edit(folder / "heads.json", format="x"), "heads.json: format 'x'"),
+    (lambda folder: _truncate(folder / "heads.safetensors"), "heads.safetensors is missing, truncated or corrupt"),
+    (lambda folder: (folder / "heads.json").unlink(), "holds no heads.json"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message"), HEADS)
+def test_heads_for_another_model_are_refused_naming_file_and_tensor(
+    spoil: Callable[[Path], None], message: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = write_heads(tmp_path, tiny_model, sequential=True)
+    spoil(folder)
+    with pytest.raises(ConfigError, match=message):
+        start(tiny_model, method="medusa", heads=str(folder))
+
+
+def test_heads_of_another_revision_are_taken_when_asked_for(tiny_model: Path, tmp_path: Path) -> None:
+    folder = write_heads(tmp_path, tiny_model, sequential=False, base_revision="other")
+    start(tiny_model, method="medusa", heads=str(folder), any_revision=True)
+
+
+DRAFTS: list[tuple[Callable[[Path], None], str]] = [
+    (lambda folder: _edit(folder / "draft.json", hidden_size=64), "draft.json: hidden_size is 64, the model's is 48"),
+    (lambda folder: _edit(folder / "draft.json", base_revision="ab"), "draft.json: .* made from weights ab"),
+    (lambda folder: _edit(folder / "draft.json", layers=[7]), r"draft.json: layers \[7\]"),
+    (
+        lambda folder: _edit(folder / "draft.json", layers=[0, 1]),
+        "draft.safetensors: tensor 'model.layers.1.*' is missing",
+    ),
+    (lambda folder: _truncate(folder / "draft.safetensors"), "draft.safetensors is missing, truncated or corrupt"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message"), DRAFTS)
+def test_a_draft_of_another_models_layers_is_refused_naming_file_and_tensor(
+    spoil: Callable[[Path], None], message: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = write_layers_draft(tmp_path, tiny_model)
+    spoil(folder)
+    with pytest.raises(ConfigError, match=message):
+        start(tiny_model, method="draft_model", model=str(folder))
+
+
+def test_a_draft_with_another_tokenizer_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    folder = write_noised_copy(tmp_path / "copy", tiny_model)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    first, second = list(vocab)[:2]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ConfigError, match=r"speculative.model .* vocabulary"):
+        start(tiny_model, method="draft_model", model=str(folder))
+
+
+# -------------------------------------------------------------------- training
+
+
+def nothing(*_: Any) -> None:
+    pass
+
+
+def material(model: Path, tmp_path: Path) -> Material:
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"prompt": f"prompt {i % 5} "}) + "\n" for i in range(60)))
+    return Material(model=str(model), text=text, out=tmp_path / "out", tokens=3000, targets=200)
+
+
+def test_heads_are_trained_saved_and_guess_better_than_before(tiny_model: Path, tmp_path: Path) -> None:
+    made = material(tiny_model, tmp_path)
+    options: dict[str, Any] = {"num_heads": 2, "sequential": True, "batch": 64, "progress": nothing}
+    [before, _] = make_heads(made, steps=1, **options)
+    [after, both] = make_heads(made, steps=120, **options)
+    assert after > max(before, 0.15)
+    assert both <= after
+    written = (made.out / "work" / "text" / "shard-00000.npz").stat().st_mtime_ns
+    stages: list[tuple[str, int]] = []
+    again = make_heads(made, steps=120, **{**options, "progress": lambda *p: stages.append((p[0], p[1]))})
+    assert again == [after, both], "a finished training is taken up at its end"
+    assert (made.out / "work" / "text" / "shard-00000.npz").stat().st_mtime_ns == written
+    assert not [s for s in stages if s[0] == "training"]
+    start(tiny_model, method="medusa", heads=str(made.out))
+
+
+def test_states_of_the_models_own_text_are_those_its_tokens_came_from(tiny_model: Path, tmp_path: Path) -> None:
+    made = material(tiny_model, tmp_path)
+    make_heads(made, num_heads=1, sequential=False, steps=1, batch=8, progress=nothing)
+    engine = start(tiny_model, method="ngram")
+    greedy = 0
+    for sample in list(read_self_text(made.out / "work" / "text"))[:10]:
+        states = torch.from_numpy(sample.states).float()
+        greedy += bool((engine.loaded.decoder.logits(states).argmax(-1).numpy() == sample.output[:-1]).mean() > 0.97)
+    assert greedy >= 5, "three of five are written greedily"
+
+
+def test_a_draft_is_distilled_and_taken(tiny_model: Path, tmp_path: Path) -> None:
+    made = material(tiny_model, tmp_path)
+    before = make_draft(made, layers=(0,), steps=1, batch=4, progress=nothing)
+    after = make_draft(made, layers=(0,), steps=40, batch=4, progress=nothing)
+    assert after > before
+    start(tiny_model, method="draft_model", model=str(made.out))
