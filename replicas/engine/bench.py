@@ -94,7 +94,7 @@ def best_s(function: Callable[[], object], device: torch.device, tries: int = 7)
 def run_batch(engine: Engine, batch: int, prompt_tokens: int, output_tokens: int, rng: random.Random) -> Timeline:
     """Submit `batch` requests at once and step until all are done."""
     config, element_size = engine.loaded.decoder.config, engine.loaded.dtype.itemsize
-    held = _held(engine.loaded)
+    held = held_by(engine.loaded)
     ids = [submit(engine, prompt_tokens, output_tokens, rng) for _ in range(batch)]
     line = Timeline(tokens=dict.fromkeys(ids, 0))
     started = before = time.perf_counter()
@@ -157,7 +157,7 @@ def summarise(
     return figures
 
 
-def _held(loaded: Loaded) -> Held:
+def held_by(loaded: Loaded) -> Held:
     decoder = loaded.decoder
     return Held(decoder.layer_bytes + decoder.head_bytes, loaded.kv_bytes_per_token // decoder.num_layers)
 
@@ -308,7 +308,7 @@ def describe(engine: Engine, args: argparse.Namespace) -> dict[str, Any]:
         "ops": loaded.ops,
         "attention": loaded.attention,
         "quantization": args.quantization,
-        "weight_bytes": _held(loaded).weight_bytes,
+        "weight_bytes": held_by(loaded).weight_bytes,
         "prompt": args.prompt,
         "output": args.output,
         "repeat": args.repeat,

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from replicas.engine import bench
-from replicas.engine.bench_cost import Cost, Held, decode_step, prompt
+from replicas.engine.bench_cost import Cost, prompt
 from replicas.engine.config import EngineConfig
 from replicas.engine.engine import Engine
 from replicas.engine.loading import choose_device, choose_dtype, load
@@ -80,17 +80,6 @@ def build_engine(args: argparse.Namespace) -> Engine:
     return Engine(config, load(config, checkpoint, byte_tokenizer()))
 
 
-def held(engine: Engine) -> Held:
-    """What one step has to read of this engine's memory."""
-    loaded = engine.loaded
-    decoder = loaded.decoder
-    table = 0 if decoder.config.tie_word_embeddings else decoder.config.vocab_size * decoder.config.hidden_size
-    return Held(
-        weight_bytes=decoder.weight_bytes - table * loaded.dtype.itemsize,
-        kv_bytes=loaded.kv_bytes_per_token // decoder.config.num_layers,
-    )
-
-
 def _plan(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     cuda = device.type == "cuda"
     defaults: dict[str, Any] = dict(_CUDA if cuda else _CPU)
@@ -108,20 +97,12 @@ def sweep(
     engine: Engine, batches: list[int], prompt_tokens: int, output: int, repeat: int, ceilings: bench.Ceilings
 ) -> list[dict[str, float]]:
     """Decoding at every batch size; see the module's text."""
-    config, dtype, memory = engine.loaded.decoder.config, engine.loaded.dtype, held(engine)
     results = []
     for batch in batches:
         runs = []
         for _ in range(repeat + 1):  # the first compiles kernels and records graphs
             line = bench.run_batch(engine, batch, prompt_tokens, output, random.Random(batch))
-            cost = sum(
-                (
-                    decode_step(config, [prompt_tokens + made] * batch, dtype.itemsize, memory)
-                    for made in range(output - line.decode_tokens // batch, output)
-                ),
-                Cost(0, 0),
-            )
-            runs.append(decode_figures(batch, line.decode_tokens, line.decode_s, cost, ceilings))
+            runs.append(decode_figures(batch, line.decode_tokens, line.decode_s, line.decode_cost, ceilings))
         results.append(_medians(runs[1:]))
     return results
 
