@@ -2,10 +2,13 @@
 
     python -m load.bench_gateway [--seconds 8] [--probes 300] [--json FILE]
 
-Starts a fleet of fake engines with `signalbox up` (HAProxy → gateway → replica, key check and tokenisation on) in a
-home of its own and a bare ASGI handler beside it. Two measurements of each:
+Starts a fleet of fake engines with `signalbox up` (HAProxy → gateway → replica) in a home of its own and a bare ASGI
+handler beside it. On for every request, because nothing switches them off: key check, validation, tokenisation, the
+policy generation, the prefix index, explanations, metrics and the ledger's record of what was used. A second key of the
+same gateway falls under a budget and a rate limit besides, so that each of its requests is reserved and settled by
+transactions. Two measurements of each:
 
-  probe   one stream at a time, a token every 5 ms; bare and gateway take turns, so that drift hits both
+  probe   one stream at a time, a token every 5 ms; all take turns, so that drift hits all
   wrk     16 connections, prompts that all differ; whole answers of one token, then streams of 64
 
 Where the time goes is what the gateway itself says on /metrics, before and after. Exits non-zero only when something
@@ -39,11 +42,27 @@ from rich.table import Table
 TOKENS = 64
 PACE_S = 0.005
 CONNECTIONS = 16
+BARE, PLAIN, LIMITED = "bare uvicorn", "signalbox", "budgeted"
+TITLE = (
+    "On: keys, validation, tokenisation, policy, prefix index, explanations, metrics, ledger; "
+    f"{LIMITED}: a budget and a rate limit too"
+)
 
 _FLEET = """
 models:
   - {name: paced, engine: fake, num_cpus: 0.1, engine_settings: {tokens_per_s: 200}}
   - {name: fast, engine: fake, num_cpus: 0.1}
+"""
+
+# Large enough to refuse nobody.
+_POLICY = f"""
+models:
+  paced: {{price: {{input: 0.1, output: 0.3}}}}
+  fast: {{price: {{input: 0.1, output: 0.3}}}}
+budgets:
+  - {{key: {LIMITED}, usd: 100000, tokens: 1000000000, window: total}}
+rate_limits:
+  - {{key: {LIMITED}, requests_per_minute: 10000000, tokens_per_minute: 1000000000, concurrency: 10000}}
 """
 
 _SCRIPT = """
@@ -118,8 +137,8 @@ def bare_handler(pace_s: float) -> Iterator[str]:
 
 
 @contextmanager
-def fleet() -> Iterator[tuple[str, str]]:
-    """(base URL, API key) of a fleet of fake engines that lives as long as the block."""
+def fleet() -> Iterator[tuple[str, dict[str, str]]]:
+    """(base URL, API keys by name) of a fleet of fake engines that lives as long as the block."""
     with tempfile.TemporaryDirectory(prefix="signalbox-bench-") as home:
         environment = {**os.environ, "SIGNALBOX_HOME": home}
         path = Path(home) / "fleet.yaml"
@@ -127,8 +146,10 @@ def fleet() -> Iterator[tuple[str, str]]:
         port = free_port()
         try:
             _signalbox(environment, "up", str(path), "--detach", "--port", str(port))
-            key = _signalbox(environment, "keys", "create", "bench").splitlines()[-1]
-            yield f"http://127.0.0.1:{port}", key
+            keys = {name: _signalbox(environment, "keys", "create", name).splitlines()[-1] for name in (PLAIN, LIMITED)}
+            (policy := Path(home) / "policy.yaml").write_text(_POLICY)
+            _signalbox(environment, "policy", "publish", str(policy))
+            yield f"http://127.0.0.1:{port}", keys
         finally:
             _signalbox(environment, "down", check=False)
 
@@ -161,6 +182,14 @@ class Probe:
 
     def __exit__(self, *_: object) -> None:
         self._connection.close()
+
+    def headers(self) -> set[str]:
+        """Names of an answer's headers, in lower case."""
+        request = body(self._model, "0", tokens=1, stream=False)
+        self._connection.request("POST", "/v1/chat/completions", request, self._headers)
+        response = self._connection.getresponse()
+        response.read()
+        return {name.lower() for name, _ in response.getheaders()}
 
     def arrivals(self, tokens: int) -> tuple[list[float], list[str]]:
         """Seconds from sending to each event that carries text, and the texts."""
@@ -227,6 +256,14 @@ def check_events(target: Target) -> None:
         raise BenchmarkFailed(f"{len(texts)} events for {TOKENS} tokens")
 
 
+def check_limited(target: Target) -> None:
+    """Only the limited key's answers may, and must, say what its rate limit stands at."""
+    with Probe(*target.fast, target.key) as one:
+        headers = one.headers()
+    if any(name.startswith("x-ratelimit-") for name in headers) is not (target.name == LIMITED):
+        raise BenchmarkFailed(f"the policy does not concern {target.name} as it should: {sorted(headers)}")
+
+
 # ---------------------------------------------------------------------------------------------------------------- wrk
 
 
@@ -291,22 +328,24 @@ class Result:
 
 
 def show(result: Result, console: Console) -> None:
-    bare, ours = result.probe["bare uvicorn"], result.probe["signalbox"]
-    table = Table("one stream at a time, ms", "bare uvicorn", "signalbox", "added", title="Probe: a token every 5 ms")
+    console.print(TITLE)
+    bare, ours = result.probe[BARE], [name for name in result.probe if name != BARE]
+    heads = [head for name in ours for head in (name, "added")]
+    table = Table("one stream at a time, ms", BARE, *heads, title="Probe: a token every 5 ms")
     for name in bare:
-        table.add_row(
-            name.replace("_", " "), f"{bare[name]:.2f}", f"{ours[name]:.2f}", f"{ours[name] - bare[name]:+.2f}"
-        )
+        figures = [(result.probe[target][name], result.probe[target][name] - bare[name]) for target in ours]
+        cells = [cell for figure, added in figures for cell in (f"{figure:.2f}", f"{added:+.2f}")]
+        table.add_row(name.replace("_", " "), f"{bare[name]:.2f}", *cells)
     console.print(table)
-    title = f"wrk, {CONNECTIONS} connections"
-    table = Table("", "bare uvicorn /s", "signalbox /s", "ratio", "p50 ms", "p99 ms", title=title)
+    table = Table("", "target", "per second", "ratio", "p50 ms", "p99 ms", title=f"wrk, {CONNECTIONS} connections")
     for name, loads in result.wrk.items():
-        mine, theirs = loads["signalbox"], loads["bare uvicorn"]
-        ratio = mine.per_second / theirs.per_second
-        figures = (f"{theirs.per_second:.0f}", f"{mine.per_second:.0f}", f"{ratio:.2f}")
-        table.add_row(name, *figures, f"{mine.p50_ms:.1f}", f"{mine.p99_ms:.1f}")
+        for target, load in loads.items():
+            ratio = load.per_second / loads[BARE].per_second
+            table.add_row(
+                name, target, f"{load.per_second:.0f}", f"{ratio:.2f}", f"{load.p50_ms:.1f}", f"{load.p99_ms:.1f}"
+            )
     console.print(table)
-    stages = list(result.spent["unary"])
+    stages = [*result.spent["probe"], "cpu"]
     table = Table("", *stages, title="Where a request's time goes in the gateway, µs (cpu: of its process)")
     for name, each in result.spent.items():
         table.add_row(name, *(f"{each[stage]:.0f}" if stage in each else "" for stage in stages))
@@ -314,12 +353,12 @@ def show(result: Result, console: Console) -> None:
 
 
 def measure(seconds: int, probes: int) -> Result:
-    with bare_handler(0) as bare, bare_handler(PACE_S) as bare_paced, fleet() as (url, key):
-        targets = [
-            Target("bare uvicorn", (bare_paced, "paced"), (bare, "fast"), key),
-            Target("signalbox", (url, "paced"), (url, "fast"), key),
-        ]
-        check_events(targets[1])
+    with bare_handler(0) as bare, bare_handler(PACE_S) as bare_paced, fleet() as (url, keys):
+        targets = [Target(BARE, (bare_paced, "paced"), (bare, "fast"), keys[PLAIN])]
+        targets += [Target(name, (url, "paced"), (url, "fast"), key) for name, key in keys.items()]
+        for target in targets[1:]:
+            check_events(target)
+            check_limited(target)
         before = readings(url)
         latencies = probe(targets, probes)
         costs = {"probe": spent(before, readings(url))}
@@ -331,8 +370,8 @@ def measure(seconds: int, probes: int) -> Result:
                 wrk(target, stream=stream, seconds=1)
                 before = readings(url)
                 loads[name][target.name] = wrk(target, stream=stream, seconds=seconds)
-                if target.name == "signalbox":
-                    costs[name] = spent(before, readings(url))
+                if target.name != BARE:
+                    costs[f"{name}, {target.name}"] = spent(before, readings(url))
         return Result(latencies, loads, costs)
 
 
