@@ -45,6 +45,7 @@ _ROWS = 256
 _CHUNK_SLOTS = _ROWS * _SLOTS
 _CHOICES = np.array([[32], [40]], np.uint64)  # where the fingerprint says its two rows
 _LAST_ROW = np.uint64(_ROWS - 1)
+_ONE = np.uint64(1)
 _MASK = (1 << 64) - 1
 _MAX_DEPTH = 20
 _SWEPT_PER_UPDATE = 4  # chunks cleaned of departed replicas by every update
@@ -97,8 +98,7 @@ class _Table:
 
     def fingerprints(self, hashes: Sequence[bytes]) -> _U64:
         words = np.frombuffer(b"".join(hashes), np.uint64).reshape(len(hashes), -1)[:, 0]
-        mixed = words * np.uint64(self._odd)
-        mixed[mixed == 0] = 1
+        mixed: _U64 = np.maximum(words * np.uint64(self._odd), _ONE)
         return mixed
 
     def leading(self, hashes: Sequence[bytes]) -> Counts:
@@ -108,7 +108,10 @@ class _Table:
         holders = self._holders(self.fingerprints(hashes)) & np.uint64(self.live)
         held = np.bitwise_and.accumulate(holders)
         # The accumulated set only shrinks: a few distinct sets, each with the length at which it ends, stand for all.
-        ends = np.append(np.flatnonzero(held[1:] != held[:-1]), len(held) - 1)
+        last = np.empty(len(held), np.bool_)
+        np.not_equal(held[1:], held[:-1], out=last[:-1])
+        last[-1] = True
+        ends = np.flatnonzero(last)
         bits = np.unpackbits(held.take(ends).view(np.uint8).reshape(-1, 8), axis=1, bitorder="little")
         lengths = ends.astype(np.float32)
         lengths[1:] -= lengths[:-1].copy()
@@ -303,7 +306,7 @@ class PrefixIndex:
         self._odd = odd & _MASK
         self._tables: list[_Table] = []
         self._members: dict[str, _Member] = {}
-        self._slots_of: tuple[tuple[str, ...], npt.NDArray[np.int64]] | None = None
+        self._slots_of: tuple[tuple[str, ...], npt.NDArray[np.int64], bool] | None = None
 
     # ---------------------------------------------------------------- what it answers
 
@@ -311,8 +314,11 @@ class PrefixIndex:
         if not hashes or not self._tables:
             return np.zeros(len(replica_ids), np.int64)
         counts = [table.leading(hashes) for table in self._tables]
+        slots, all_known = self._slots(replica_ids)
+        if all_known and len(counts) == 1:
+            return counts[0].take(slots)
         # What the index has never heard of gets the zero at the end.
-        return np.concatenate((*counts, [0]))[self._slots(replica_ids)]
+        return np.concatenate((*counts, [0])).take(slots)
 
     def leading_few(self, hashes: Sequence[bytes], replica_ids: tuple[str, ...]) -> list[int]:
         """The same as a list, for a few replicas."""
@@ -460,9 +466,10 @@ class PrefixIndex:
             member.backlog.popleft()
         member.backlog.append((number, event))
 
-    def _slots(self, replica_ids: tuple[str, ...]) -> npt.NDArray[np.int64]:
+    def _slots(self, replica_ids: tuple[str, ...]) -> tuple[npt.NDArray[np.int64], bool]:
+        """Where each replica's count is among those of all tables, -1 if nowhere; and whether there is no such one."""
         if self._slots_of is None or self._slots_of[0] is not replica_ids:
             members = [self._members.get(replica_id) for replica_id in replica_ids]
             slots = [-1 if m is None else m.number * GROUP + m.bit.bit_length() - 1 for m in members]
-            self._slots_of = (replica_ids, np.array(slots, np.int64))
-        return self._slots_of[1]
+            self._slots_of = (replica_ids, np.array(slots, np.int64), -1 not in slots)
+        return self._slots_of[1:]
