@@ -35,7 +35,7 @@ from replicas.engine.sampler import Sampled, Sampler
 from replicas.engine.scheduler import Scheduler, Step
 from replicas.engine.sequence import Group, Sequence, sampled_rows
 from replicas.engine.spec.build import build_speculation, typical_rule
-from replicas.engine.spec.cost import PROBED
+from replicas.engine.spec.cost import FEW, PROBED
 from replicas.engine.spec.speculation import Speculation
 from replicas.engine.waiting import OUTPUT_WEIGHT
 from replicas.protocol import (
@@ -437,22 +437,33 @@ class Engine:
             cache.copy_blocks(source, target)
 
     def measure_steps(self, limit_s: float = 1.0) -> dict[int, float]:
-        """Seconds of steps by their rows, on blocks that nobody uses yet; stops early where they are long."""
+        """Least seconds of steps by their rows, on blocks that nobody uses yet.
+
+        All sizes take turns, so that a machine that is busy for a moment does not make one of them look dear; after two
+        rounds it stops when the limit is reached.
+        """
         began, most = time.perf_counter(), min(self.max_model_len, self.pool.num_blocks * self.config.block_size)
         measured: dict[int, float] = {}
-        for rows in (rows for rows in PROBED if rows <= most):
-            blocks = list(range(-(-rows // self.config.block_size)))
-            seq = Sequence("", 0, [0], 1, SamplingParams(temperature=0), 0, b"", blocks=blocks, drafts=[0] * (rows - 1))
-            for _ in range(2 if measured else 3):  # the first one touches memory for the first time
-                started = time.perf_counter()
-                hidden = self._decoder.hidden(self._layout([(seq, rows)]), self._caches)
-                self._sampler(self._decoder.logits(hidden), sampled_rows(seq, rows))
-                seconds = time.perf_counter() - started
-                measured[rows] = min(measured.get(rows, seconds), seconds)
-            self._layout.release(seq)
-            if time.perf_counter() - began > limit_s:
-                break
+        for turn in range(4):
+            for rows in (rows for rows in PROBED if rows <= most):
+                late = time.perf_counter() - began > limit_s
+                if late and (turn > 1 or rows > FEW):
+                    continue
+                seconds = self._seconds_of(rows)
+                if turn:  # the first round touches memory for the first time
+                    measured[rows] = min(measured.get(rows, seconds), seconds)
         return measured
+
+    @torch.inference_mode()
+    def _seconds_of(self, rows: int) -> float:
+        blocks = list(range(-(-rows // self.config.block_size)))
+        seq = Sequence("", 0, [0], 1, SamplingParams(temperature=0), 0, b"", blocks=blocks, drafts=[0] * (rows - 1))
+        started = time.perf_counter()
+        hidden = self._decoder.hidden(self._layout([(seq, rows)]), self._caches)
+        self._sampler(self._decoder.logits(hidden), sampled_rows(seq, rows))
+        seconds = time.perf_counter() - started
+        self._layout.release(seq)
+        return seconds
 
     @torch.inference_mode()
     def _profile(self) -> int:

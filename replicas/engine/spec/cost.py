@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 _KNOTS = np.array(
     [1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048], dtype=float
 )
-PROBED = (1, 2, 3, 4, 6, 8, 12, 16, 32)
+PROBED, FEW = (1, 2, 4, 8, 16, 32), 8  # the few are measured however long it takes
 _SCALE_WEIGHT, _SHAPE_WEIGHT = 0.1, 0.02
 _OUTLIER, _SURPRISE = 3.0, 1.3  # a step that took so many times what was expected tells of the machine, not of its rows
 
