@@ -7,7 +7,7 @@ CONSTRAINTS ?= -c constraints.txt
 EXTRAS ?= test
 MODEL ?= smollm2-135m-instruct
 
-.PHONY: up test install lint format bench-engine bench-gateway bench-batching bench-load check-load clean
+.PHONY: up test install lint format bench-engine bench-gateway bench-batching bench-quant bench-load check-load clean
 
 up: install
 	$(BIN)/signalbox up
@@ -52,6 +52,10 @@ bench-load: install
 
 check-load: install
 	$(BIN)/python -m load.check_guidellm
+
+# Perplexity and size of quantised weights: make bench-quant TEXT=wikitext2_valid.txt
+bench-quant: install
+	$(BIN)/python -m replicas.engine.bench_quant --model "$$($(BIN)/signalbox models pull $(MODEL))" --text "$(TEXT)"
 
 clean:
 	rm -rf $(VENV) .peers .mypy_cache .ruff_cache .pytest_cache .hypothesis

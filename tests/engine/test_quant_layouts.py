@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from replicas.engine import Engine, EngineConfig, SamplingParams
 from replicas.engine.quantized.checkpoint import seen_as
+from replicas.engine.quantized.formats import format_of
 from replicas.engine.quantized.weight import QuantizedWeight
 from replicas.engine.reference import Reference
 from replicas.engine.weights import expected_tensors, open_checkpoint
@@ -191,3 +192,25 @@ def test_two_bits_are_served_with_a_warning(
     with caplog.at_level(logging.WARNING):
         open_checkpoint(tmp_path / "model")
     assert "weights of 2 bits lose much quality" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "group", "symmetric"),
+    [("int4_group", 4, 16, True), ("int4_group_zeros", 4, 16, False), ("int8_channel", 8, None, True)],
+)
+def test_what_compressed_tensors_packed_itself_is_read_to_the_bit(
+    name: str, bits: int, group: int | None, symmetric: bool
+) -> None:
+    """data/compressed_tensors.safetensors: matrices [16, 48] that its version 0.20.1 packed, and what it unpacks."""
+    stored = {
+        key.removeprefix(f"{name}."): tensor
+        for key, tensor in load_file(Path(__file__).parent / "data" / "compressed_tensors.safetensors").items()
+        if key.startswith(f"{name}.")
+    }
+    config = compressed_config(bits, group, symmetric=symmetric, form="pack-quantized")
+    form = format_of({"quantization_config": config})
+    assert form is not None
+    for suffix, need in form.needs("m", 16, 48).items():
+        assert stored[suffix].shape in need.shapes
+    read = form.read("m", {key: tensor for key, tensor in stored.items() if key != "expected"}, 16, 48)
+    assert torch.equal(read.dequantise().half(), stored["expected"].half())

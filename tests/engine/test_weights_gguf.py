@@ -14,8 +14,9 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 
 from replicas.engine.gguf_file import GGUFFile
+from replicas.engine.quantized.weight import QuantizedWeight
 from replicas.engine.reference import Reference
-from replicas.engine.weights import expected_tensors, open_checkpoint
+from replicas.engine.weights import expected_tensors, linear_matrices, open_checkpoint
 from replicas.protocol import ConfigError
 
 QUANTISED_BY_GGUF = [Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1]
@@ -264,3 +265,27 @@ def test_a_type_without_dequantiser_is_named(write: Write) -> None:
     _, path = write("Llama", extra=lambda writer: writer.add_tensor("numbers", np.ones(4, np.int32)))
     with pytest.raises(ConfigError, match=r"tiny.gguf: 'numbers' has the unsupported type I32"):
         GGUFFile(path).read("numbers")
+
+
+@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1, Kind.Q8_0], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("family", ["Llama", "Qwen2"])
+def test_blocks_are_kept_quantised_and_stand_for_the_same_numbers(kind: Kind, family: str, write: Write) -> None:
+    """Llama's q and k lie interleaved in the file: their rows move with scales and codes."""
+    _, path = write(family, kind)
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.quantization == "gguf"
+    for module in linear_matrices(checkpoint.config):
+        matrix = checkpoint.matrix(module)
+        assert isinstance(matrix, QuantizedWeight)
+        assert (matrix.bits, matrix.group_size) == (8 if kind is Kind.Q8_0 else 4, 32)
+        assert torch.equal(matrix.dequantise(), checkpoint.tensor(f"{module}.weight"))
+
+
+def test_a_block_whose_scale_is_not_finite_is_named_with_its_file(write: Write) -> None:
+    _, path = write("Qwen2", Kind.Q4_1)
+    stored = GGUFFile(path).tensors["blk.1.ffn_down.weight"]
+    content = bytearray(path.read_bytes())
+    content[stored.begin : stored.begin + 2] = np.float16(np.nan).tobytes()
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"tiny.gguf: tensor 'blk.1.ffn_down.weight' holds scales that"):
+        open_checkpoint(path).matrix("model.layers.1.mlp.down_proj")
