@@ -10,6 +10,7 @@ import torch
 from replicas.engine import SamplingParams
 from replicas.engine.graphs import CudaGraphs, EagerGraph, choose_graphs
 from replicas.engine.reference import Reference
+from replicas.engine.spec.config import Speculative
 from replicas.protocol import ConfigError, GenerateRequest
 from tests.engine.conftest import MakeEngine
 
@@ -75,3 +76,17 @@ def test_who_gets_graphs() -> None:
     assert choose_graphs("eager", CPU, "native") is EagerGraph
     with pytest.raises(ConfigError, match="step_graphs 'on' is not supported; use auto, off or eager"):
         choose_graphs("on", CUDA, "triton")
+
+
+@pytest.mark.parametrize("attention", ["native", "torch"])
+def test_drafts_of_any_number_share_a_bucket(make_engine: MakeEngine, oracle: Reference, attention: str) -> None:
+    speculative = Speculative(method="ngram", max_draft_tokens=4, min_match=1, adaptive=False)
+    engine = make_engine(step_graphs="eager", attention=attention, max_num_seqs=5, speculative=speculative)
+    rng = random.Random(2)
+    asked = [[rng.randrange(8) for _ in range(rng.randrange(6, 20))] * 2 for _ in range(6)]
+    completions = engine.generate(asked, SamplingParams(max_tokens=14, temperature=0, ignore_eos=True))
+    for prompt, completion in zip(asked, completions, strict=True):
+        assert completion.outputs[0].token_ids == oracle.generate(prompt, 14, ignore_eos=True)
+    assert engine._graphs is not None
+    assert engine._graphs.replays > 0
+    assert engine.speculation.num_draft_tokens > 0
