@@ -108,3 +108,6 @@ def show(found: dict[str, Any]) -> None:
             str(stats.get("generation_tokens", "-")),
         )
     console.print(table)
+    for replica in found["replicas"]:
+        if replica.get("backends"):
+            console.print(f"{replica['id']}: {replica['backends']}", markup=False)

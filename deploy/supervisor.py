@@ -238,7 +238,11 @@ async def _survey() -> dict[str, Any]:
         else:
             status = connection.status
             assert status is not None, "a replica describes itself with its status"
-            replica |= {"state": status.state.value, "stats": _numbers(status.stats)}
+            replica |= {
+                "state": status.state.value,
+                "stats": _numbers(status.stats),
+                "backends": connection.card.backends,
+            }
             await connection.aclose()
         replicas.append(replica)
     return {"deployments": deployments, "replicas": replicas, "ray": ray.__version__}

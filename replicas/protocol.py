@@ -377,7 +377,7 @@ class ModelCard:
     `tokenizer_json` is the file's content as Hugging Face `tokenizers` reads it; `chat_template` is Jinja source or ""
     (then /v1/chat/completions is not supported). `special_tokens` has bos_token, eos_token, … for the template.
     `revision` identifies the weights: it is part of the prefix-hash root and of system_fingerprint. `kv_format` says
-    how keys and values are stored, and is part of that root too.
+    how keys and values are stored, and is part of that root too. `backends`: which kernels compute, and why these.
     """
 
     model: str
@@ -392,6 +392,7 @@ class ModelCard:
     eos_token_ids: tuple[int, ...] = ()
     default_max_tokens: int = 0
     kv_format: str = ""
+    backends: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -99,7 +99,11 @@ class Engine:
             self._speculation.cost.calibrate(self.measure_steps())
         self._tokenizer.token_bytes(0)  # builds its table now, not in the first request's first token
         self.card = replace(
-            loaded.card, max_model_len=self.max_model_len, block_size=config.block_size, kv_format=loaded.kv_format
+            loaded.card,
+            max_model_len=self.max_model_len,
+            block_size=config.block_size,
+            kv_format=loaded.kv_format,
+            backends=loaded.backends,
         )
 
     # ---------------------------------------------------------------- requests

@@ -157,6 +157,6 @@ def test_flash_attention_is_called_by_its_own_names(generation: int, monkeypatch
 
 
 def test_an_engine_tells_what_it_runs_on(make_engine: MakeEngine) -> None:
-    assert make_engine(attention="triton").loaded.backends.startswith("attention triton (asked for), ops ")
+    assert make_engine(attention="triton").card.backends.startswith("attention triton (asked for), ops ")
     with pytest.raises(ConfigError, match="'flash_attn' cannot be used here: neither flash_attn_interface"):
         make_engine(attention="flash_attn")
