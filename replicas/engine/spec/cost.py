@@ -12,7 +12,7 @@ _KNOTS = np.array(
 )
 PROBED, FEW = (1, 2, 4, 8, 16, 32), 8  # the few are measured however long it takes
 _SCALE_WEIGHT, _SHAPE_WEIGHT = 0.1, 0.02
-_OUTLIER, _SURPRISE = 3.0, 1.3  # a step that took so many times what was expected tells of the machine, not of its rows
+_OUTLIER = 3.0  # a step that took so many times what was expected tells of the machine, not of its rows
 
 
 class StepCost:
@@ -42,7 +42,7 @@ class StepCost:
         if self.scale == 0:
             self.scale = seconds / expected
         ratio = seconds / (self.scale * expected)
-        if 1 / _SURPRISE < ratio < _SURPRISE:
+        if ratio < _OUTLIER:
             at = min(bisect_left(_KNOTS.tolist(), rows), len(_KNOTS) - 1)
             self._shape[at] *= 1 + _SHAPE_WEIGHT * (ratio - 1)
             self.scale, self._shape = self.scale * float(self._shape[0]), self._shape / self._shape[0]
