@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 # Of requests, which are open for as long as they stream. Serve queues silently beyond it, and its default is 5.
 MAX_STREAMS_PER_GATEWAY = 10_000
+# How soon Serve notices that a gateway's process is gone, and starts another. Its default is 10.
+GATEWAY_HEALTH_S = 1.0
 # How long the proxy keeps sending to a gateway that is about to go; more than its update interval on one machine.
 LOCAL_DRAINING_S = 0.5
 LOCAL_OBJECT_STORE_BYTES = 80 * 2**20
@@ -52,7 +54,7 @@ def application(fleet: Fleet, *, database_url: str, state_dir: str, prepare: Cal
     names = deployment_names(fleet)
     replicas = [
         replica_application(
-            _spec(model),
+            _spec(model, journals=str(Path(state_dir) / "journals") if state_dir else ""),
             resolve=_resolve,
             prepare=prepare,
             name=name,
@@ -70,6 +72,7 @@ def application(fleet: Fleet, *, database_url: str, state_dir: str, prepare: Cal
             "max_ongoing_requests": MAX_STREAMS_PER_GATEWAY,
             "ray_actor_options": {"num_cpus": fleet.gateway.num_cpus},
             "graceful_shutdown_timeout_s": drain_s(fleet) + 10.0,
+            "health_check_period_s": GATEWAY_HEALTH_S,
         },
     )
 
@@ -79,7 +82,7 @@ def deployment_names(fleet: Fleet) -> list[str]:
     return [f"model-{i}-{re.sub(r'[^A-Za-z0-9]+', '-', model.name).strip('-')}" for i, model in enumerate(fleet.local)]
 
 
-def _spec(model: ModelGroup) -> Any:
+def _spec(model: ModelGroup, journals: str) -> Any:
     from replicas.replica import ReplicaSpec
 
     engine: str = getattr(model, "engine")  # noqa: B009 - every engine's group names its own
@@ -91,6 +94,7 @@ def _spec(model: ModelGroup) -> Any:
         default_max_tokens=model.default_max_tokens,
         drain_s=model.drain_s,
         directory=_directory_name(),
+        journals=journals,
     )
 
 

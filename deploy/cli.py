@@ -131,6 +131,12 @@ def explain(ctx: typer.Context) -> None:
 
 
 @app.command(context_settings=_PASS_ON)
+def usage(ctx: typer.Context) -> None:
+    """Show what was used, what it cost, and how budgets stand."""
+    _call("deploy.usage_cli", "usage", ctx)
+
+
+@app.command(context_settings=_PASS_ON)
 def quantize(ctx: typer.Context) -> None:
     """Round a model's weights to 2, 4 or 8 bits: AWQ, GPTQ or round-to-nearest."""
     _call("deploy.quantize_cli", "quantize", ctx)

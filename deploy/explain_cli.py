@@ -98,6 +98,22 @@ def _show_step(console: Any, step: dict[str, Any]) -> None:
         console.print(table)
         if attempt["error"]:
             console.print(f"  failed: {attempt['error']}")
+    _show_ledger(console, step["ledger"])
+
+
+def _show_ledger(console: Any, attempts: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    table = Table(
+        "attempt", "reserved USD", "tokens", "ended", "by", "prompt", "cached", "generated", "USD", title="ledger"
+    )
+    for one in attempts:
+        reserved = (f"{one['reserved_usd']:.9f}", str(one["reserved_tokens"])) if one["reserved_tokens"] else ("-", "-")
+        by = f"{one['source'] or '-'}{' (estimated)' if one['estimated'] else ''}"
+        counts = (str(one[f"{kind}_tokens"]) for kind in ("prompt", "cached", "completion"))
+        table.add_row(one["id"], *reserved, one["state"], by, *counts, f"{one['cost_usd']:.9f}")
+    if attempts:
+        console.print(table)
 
 
 def _milliseconds(what: str, value: float | None) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -25,8 +26,8 @@ from pydantic import (
     model_validator,
 )
 
-from gateway.config import GatewayConfig, Limits, Retries, ServedModel
-from policies import yaml_text
+from gateway.config import LEASE_S, GatewayConfig, Limits, Retries, ServedModel
+from policies import prices, yaml_text
 from replicas.engine.config import EngineConfig
 from replicas.engine.spec.config import Speculative
 from replicas.fake import FakeSettings
@@ -113,11 +114,64 @@ class Replicas(_Section):
 
 
 class Price(_Section):
-    """US dollars per million tokens. cached_input: as input where it is not given."""
+    """What tokens cost, in one of three ways.
+
+    input, cached_input, output: US dollars per million tokens; cached_input as input where it is not given.
+    per_cpu_hour, per_gpu_hour: dollars for each of the replica's CPUs and GPUs, spread over the tokens that a busy
+    replica makes in that time: prefill_tokens_per_s, decode_tokens_per_s (all requests together).
+    public: a model's name on the public price lists, of `provider` where several have it.
+    """
 
     input: float = Field(default=0.0, ge=0)
     cached_input: float | None = Field(default=None, ge=0)
     output: float = Field(default=0.0, ge=0)
+    per_cpu_hour: float | None = Field(default=None, ge=0)
+    per_gpu_hour: float | None = Field(default=None, ge=0)
+    prefill_tokens_per_s: float | None = Field(default=None, gt=0)
+    decode_tokens_per_s: float | None = Field(default=None, gt=0)
+    public: str | None = Field(default=None, min_length=1)
+    provider: str | None = Field(default=None, min_length=1)
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Price:
+        given = self.model_fields_set
+        ways = [
+            name
+            for name, fields in (
+                ("dollars per million tokens", {"input", "cached_input", "output"}),
+                ("hourly rates", _HOURLY | _RATES),
+                ("public", {"public", "provider"}),
+            )
+            if given & fields
+        ]
+        if len(ways) > 1:
+            raise ValueError(f"{' and '.join(ways)} exclude each other")
+        if given & (_HOURLY | _RATES) and not (given & _HOURLY and given >= _RATES):
+            raise ValueError(
+                "hourly rates need prefill_tokens_per_s, decode_tokens_per_s and per_cpu_hour or per_gpu_hour"
+            )
+        if self.provider and not self.public:
+            raise ValueError("provider needs public: the model's name on its list")
+        return self
+
+    def dollars(self, *, cpus: float, gpus: float) -> dict[str, float]:
+        """As the gateway is told: per million tokens by kind. ConfigError for a model that is on no list."""
+        if self.public is not None:
+            return prices.per_million(prices.public(self.public, provider=self.provider, at=datetime.now(UTC)))
+        if self.prefill_tokens_per_s is None or self.decode_tokens_per_s is None:
+            return self.model_dump(include={"input", "cached_input", "output"}, exclude_none=True)
+        hourly = prices.from_seconds(
+            cpus=cpus,
+            cpu_hour_usd=self.per_cpu_hour or 0,
+            gpus=gpus,
+            gpu_hour_usd=self.per_gpu_hour or 0,
+            prefill_rate=self.prefill_tokens_per_s,
+            decode_rate=self.decode_tokens_per_s,
+        )
+        return prices.per_million(hourly)
+
+
+_HOURLY, _RATES = {"per_cpu_hour", "per_gpu_hour"}, {"prefill_tokens_per_s", "decode_tokens_per_s"}
 
 
 class ModelGroup(_Section):
@@ -132,6 +186,11 @@ class ModelGroup(_Section):
     default_max_tokens: int = Field(default=0, ge=0)
     price: Price = Price()
     drain_s: float = Field(default=30.0, ge=0)
+
+    @property
+    def dollars(self) -> dict[str, float]:
+        """Its price as the gateway is told."""
+        return self.price.dollars(cpus=self.num_cpus, gpus=self.num_gpus)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -182,7 +241,19 @@ class OpenAIGroup(UpstreamSettings, ModelGroup):  # type: ignore[valid-type, mis
     @model_validator(mode="after")
     def _whole(self) -> OpenAIGroup:
         _checked(self.upstream)
+        if self.price.model_fields_set & _HOURLY:
+            raise ValueError("price: nothing is known of the hardware behind a server elsewhere")
         return self
+
+    @property
+    def dollars(self) -> dict[str, float]:
+        """As stated; else, of a public provider's server, as its price list says."""
+        if "price" not in self.model_fields_set:
+            upstream = self.upstream()
+            found = prices.listed(upstream.model, upstream.base_url, at=datetime.now(UTC))
+            if found is not None:
+                return prices.per_million(found)
+        return super().dollars
 
     def upstream(self) -> Upstream:
         """What the gateway is told of it."""
@@ -206,7 +277,10 @@ AnyGroup = Annotated[
 
 
 class Gateway(_Section):
-    """The HTTP edge. database: an SQLAlchemy URL; None keeps an SQLite file in the instance's home."""
+    """The HTTP edge. database: an SQLAlchemy URL; None keeps an SQLite file in the instance's home.
+
+    lease_s: how long a gateway may be silent before another one closes what it has reserved.
+    """
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
@@ -215,6 +289,7 @@ class Gateway(_Section):
     database: str | None = None
     limits: GatewayLimits = GatewayLimits()  # type: ignore[valid-type]
     retries: GatewayRetries = GatewayRetries()  # type: ignore[valid-type]
+    lease_s: float = Field(default=LEASE_S, ge=1.0, le=3600.0)
 
 
 class Fleet(_Section):
@@ -253,7 +328,7 @@ class Fleet(_Section):
                     name=model.name,
                     aliases=model.aliases,
                     default_max_tokens=model.default_max_tokens,
-                    price=model.price.model_dump(exclude_none=True),
+                    price=model.dollars,
                 )
                 for model in self.models
             ),
@@ -262,6 +337,7 @@ class Fleet(_Section):
             limits=Limits(**_given(gateway.limits)),
             retries=Retries(**_given(gateway.retries)),
             upstreams=self.upstreams,
+            lease_s=gateway.lease_s,
         )
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from deploy import instance, up
+from deploy import instance, paths, up
 from deploy.fleet import DEFAULT_FLEET, Fleet, load
 from replicas.protocol import EngineFault
 
@@ -58,17 +58,13 @@ def _first_key(fleet: Fleet) -> str | None:
     from gateway.keys import KeyRegister, load_secret
 
     kept = instance.first_key_file()
-    with KeyRegister(database_url(fleet), load_secret(instance.home())) as register:
+    with KeyRegister(paths.database_url(fleet.gateway.database), load_secret(instance.home())) as register:
         if register.list():
             return kept.read_text().strip() if kept.exists() else None
         key = register.create("default")
     kept.touch(mode=0o600)
     kept.write_text(key + "\n")
     return key
-
-
-def database_url(fleet: Fleet) -> str:
-    return fleet.gateway.database or f"sqlite:///{instance.home() / 'signalbox.db'}"
 
 
 def _show_ready(fleet: Fleet, key: str | None) -> None:

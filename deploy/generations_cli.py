@@ -47,16 +47,11 @@ def _user() -> str:
 
 
 def database_url(given: str = "") -> str:
-    """The database of this home's gateways: as given, else the running instance's fleet file says, else the home's."""
+    """The database of this home's gateways: as given, else the running instance's, else where one would have it."""
     if given:
         return given
     record = instance.running()
-    if record is not None and record.fleet != "default":
-        from deploy.fleet import load
-
-        if own := load(Path(record.fleet)).gateway.database:
-            return own
-    return f"sqlite:///{paths.state_dir() / 'signalbox.db'}"
+    return record.database if record is not None and record.database else paths.database_url()
 
 
 def _names(fleet: Path | None) -> FleetNames | None:

@@ -28,13 +28,17 @@ MARKER = "SIGNALBOX_INSTANCE"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Instance:
-    """state: "starting", "ready", "stopping" or "failed" (then `detail` has the reason; while starting, the step)."""
+    """state: "starting", "ready", "stopping" or "failed" (then `detail` has the reason; while starting, the step).
+
+    database: the URL, which may hold a password: the record is for its owner's eyes.
+    """
 
     pid: int
     host: str
     port: int
     fleet: str
     log: str
+    database: str = ""
     state: str = "starting"
     detail: str = ""
 
@@ -89,6 +93,7 @@ def write(instance: Instance) -> Instance:
     """Atomically, so that a reader never sees half of it."""
     home().mkdir(parents=True, exist_ok=True)
     draft = home() / f"instance.json.{os.getpid()}"
+    draft.touch(mode=0o600)
     draft.write_text(json.dumps(asdict(instance)))
     draft.replace(home() / "instance.json")
     return instance

@@ -13,6 +13,11 @@ def state_dir() -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "signalbox"
 
 
+def database_url(of_fleet: str | None = None) -> str:
+    """A new instance's database: what its fleet file says, else $DATABASE_URL, else an SQLite file in its home."""
+    return of_fleet or os.environ.get("DATABASE_URL") or f"sqlite:///{state_dir() / 'signalbox.db'}"
+
+
 def cache_dir() -> Path:
     """What can be fetched again: $SIGNALBOX_CACHE, or a folder below $XDG_CACHE_HOME."""
     if cache := os.environ.get("SIGNALBOX_CACHE"):

@@ -27,7 +27,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from deploy import app, instance
+from deploy import app, instance, paths
 from deploy.fleet import DEFAULT_FLEET, Fleet, load
 from deploy.instance import Instance
 from deploy.loopback import confine
@@ -104,6 +104,7 @@ class Supervisor:
     # ---------------------------------------------------------------- up
 
     def _start(self, fleet: Fleet) -> None:
+        self._record = instance.update(self._record, database=paths.database_url(fleet.gateway.database))
         run_dir = instance.run_dir()
         shutil.rmtree(run_dir, ignore_errors=True)
         run_dir.mkdir(mode=0o700)
@@ -115,9 +116,8 @@ class Supervisor:
         self._note("starting", "models and gateway")
         from ray import serve
 
-        home = str(instance.home())
         serve.run(
-            app.application(fleet, database_url=f"sqlite:///{home}/signalbox.db", state_dir=home, prepare=confine),
+            app.application(fleet, database_url=self._record.database, state_dir=str(instance.home()), prepare=confine),
             name="signalbox",
             blocking=False,
         )

@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway import admin_requests, logs, openapi
+from gateway import admin_requests, admin_usage, logs, openapi
 from gateway.admin import Admin, create_router
 from gateway.answering import Answering, Kind
 from gateway.config import GatewayConfig, ServedModel
@@ -27,13 +27,14 @@ from gateway.db.database import Database
 from gateway.directory import Directory
 from gateway.edge import EXCHANGE, Edge, header
 from gateway.errors import routing_error_body
-from gateway.explain import EXPLAIN, RecordBook
+from gateway.explain import EXPLAIN, RecordBook, explained
 from gateway.fleet import Fleet
 from gateway.gauges import gauges
 from gateway.generate import CHAT, COMPLETION, Generate, Services
+from gateway.journals import ReplicaJournals
 from gateway.keys import KeyRing, load_secret
 from gateway.ledger.books import Books
-from gateway.ledger.ledger import Ledger
+from gateway.ledger.ledger import Ledger, LedgerSettings
 from gateway.mailbox import Mailbox
 from gateway.metrics import Metrics
 from gateway.policy_follower import PolicyFollower
@@ -92,7 +93,10 @@ class _Gateway:
             keys = KeyRing(database, secret, poll_s=config.key_poll_s, stale_s=config.key_stale_s)
             stack.push_async_callback(keys.aclose)
             await keys.start()
-            fleet = Fleet(config, self._directory, self._connect)
+            ledger = Ledger(database, config.gateway_id, settings=LedgerSettings(lease_s=config.lease_s))
+            stack.push_async_callback(ledger.aclose)
+            await ledger.start()
+            fleet = Fleet(config, self._directory, self._connect, ledger)
             stack.push_async_callback(fleet.aclose)
             await fleet.start()
             policies = PolicyFollower(database, config.gateway_id, fleet_names(config), compiler(config))
@@ -107,13 +111,15 @@ class _Gateway:
             )
             stack.push_async_callback(admin.aclose)
             book = RecordBook()
-            mailbox = Mailbox(database, config.gateway_id, {EXPLAIN: book.explain, METRICS: self.totals.export})
+            mailbox = Mailbox(
+                database, config.gateway_id, {EXPLAIN: partial(explained, book, database), METRICS: self.totals.export}
+            )
             stack.push_async_callback(mailbox.aclose)
             await mailbox.start()
-            ledger = Ledger(database, config.gateway_id)
-            stack.push_async_callback(ledger.aclose)
-            await ledger.start()
-            books = Books(database, ledger, secret)
+            journals = ReplicaJournals(fleet, ledger, fleet.upstreams)
+            stack.push_async_callback(journals.aclose)
+            journals.start()
+            books = Books(database, ledger, secret, journals)
             stack.push_async_callback(books.aclose)
             books.start()
             answering = Answering(config, fleet, self.metrics, ledger)
@@ -232,6 +238,7 @@ def create_app(config: GatewayConfig, directory: Directory, *, connect: Connect 
     app.include_router(
         admin_requests.create_router(lambda: gateway.running.admin.tokens, lambda: gateway.running.mailbox)
     )
+    app.include_router(admin_usage.create_router(lambda: gateway.running.admin))
     openapi.install(app)
     return app
 

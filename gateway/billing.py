@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from gateway.ledger.entries import Reservation, Spend
+from gateway.ledger.entries import Reservation, Spend, note
 from policies.budget import Account, Price, Subject
 from policies.limits import RateLimit
 from replicas.protocol import Chunk, Usage
@@ -68,18 +68,28 @@ def claimant(key_id: str, body: bytes) -> bytes:
 class Meter:
     """Counts what an attempt brings, and ends it on the books.
 
-    used: what is known to have been used, if anybody has said so. void: nobody saw anything of it.
+    used: what is known to have been used, if anybody has said so. cached: tokens of the prompt that were not computed.
+    void: nobody saw anything of it.
     """
 
     job: Job
     reservation: Reservation | None = None
     produced: int = 0
+    cached: int = 0
     used: Usage | None = None
     void: bool = False
+
+    @property
+    def note(self) -> str:
+        """What the replica's journal is to know of it; "" where nothing is reserved."""
+        held = self.reservation
+        return note(held.spend) if held is not None and held.in_database else ""
 
     def saw(self, chunks: Sequence[Chunk]) -> None:
         for chunk in chunks:
             self.produced += len(chunk.token_ids)
+            if chunk.timing is not None:
+                self.cached = chunk.timing.cached_tokens
             if chunk.usage is not None:
                 self.used = chunk.usage
 
@@ -102,7 +112,7 @@ class Meter:
             return self.used
         if not self.produced:
             return _NOTHING
-        return Usage(prompt_tokens=self.job.prompt_tokens, completion_tokens=self.produced)
+        return Usage(prompt_tokens=self.job.prompt_tokens, completion_tokens=self.produced, cached_tokens=self.cached)
 
 
 async def charge(job: Job, attempt: int) -> Meter:

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from replicas.protocol import ConfigError
 from replicas.upstream_config import Upstream
 
+# Seconds after which what a silent gateway has reserved is closed by another.
+LEASE_S = 10.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
@@ -64,6 +67,7 @@ class GatewayConfig:
     state_dir: where the key secret lives when SIGNALBOX_KEY_SECRET is not in the environment; "" requires the latter.
     key_poll_s: how often changed keys are read; with one poll's own time it must stay below `key_stale_s`, the age
     beyond which a decision first waits for a fresh read.
+    lease_s: how long a gateway may be silent before another closes what it has reserved; the same for all of them.
     server_cancels: the ASGI server cancels the handler when the client hangs up (Ray Serve does; uvicorn does not).
     server_sends_request_id: the server adds x-request-id to responses itself (Ray Serve does).
     """
@@ -78,6 +82,7 @@ class GatewayConfig:
     key_poll_s: float = 0.4
     key_stale_s: float = 0.9
     connect_timeout_s: float = 5.0
+    lease_s: float = LEASE_S
     server_cancels: bool = False
     server_sends_request_id: bool = False
 

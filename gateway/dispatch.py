@@ -54,7 +54,7 @@ async def generate(fleet: Fleet, job: Job, retries: Retries) -> Chunks:
             choice = _choose(fleet, job, tried) or await _wait_for_replica(fleet, job, tried, last, deadline, retries)
             job.began(choice.decision, choice.connection.address.endpoint)
             # an id of its own per attempt: the one before may still run on a replica that only we lost
-            named = request if not attempt else replace(request, request_id=attempt_id(request.request_id, attempt))
+            named = replace(request, request_id=attempt_id(request.request_id, attempt), note=meter.note)
             with fleet.routes[job.model].counted(route, choice):
                 async with aclosing(choice.connection.generate(named)) as stream:
                     async for ready in stream:

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from gateway.db.database import Database
 from gateway.jobs import Attempt, Job
+from gateway.ledger.report import attempts
 from gateway.responses import total
 from policies.budget import Price, usd
 from policies.rightsize.choose import ModelChoice
@@ -44,8 +46,15 @@ class Step:
     escalated: bool | None = None
     agreement: float | None = None
     error: str | None = None
+    _ids: list[str] = field(default_factory=list)
     _attempts: list[Attempt] = field(default_factory=list)
     _used: list[Usage] = field(default_factory=list)
+
+    @property
+    def answers(self) -> list[str]:
+        """The answers' ids, by which the ledger knows what was paid for them."""
+        ids = [*self._ids, *(job.request.request_id.partition("/")[0] for job in self.jobs)]
+        return list(dict.fromkeys(ids))
 
     @property
     def attempts(self) -> list[Attempt]:
@@ -67,7 +76,7 @@ class Step:
 
     def release(self) -> None:
         """Nothing runs any more: forget prompts and bodies."""
-        self._attempts = self.attempts
+        self._ids, self._attempts = self.answers, self.attempts
         self._used += [job.used for job in self.jobs if job.used is not None]
         self.jobs = ()
 
@@ -173,6 +182,7 @@ def _shown_step(step: Step) -> dict[str, Any]:
         "agreement": step.agreement,
         "error": step.error,
         "attempts": [_shown_attempt(attempt) for attempt in attempts],
+        "answers": step.answers,
     }
 
 
@@ -200,6 +210,18 @@ class Keep:
     records: int = 50_000
     bytes: int = 64 * 2**20
     age_s: float = 3600.0
+
+
+async def explained(book: RecordBook, database: Database, request_id: str) -> dict[str, Any] | None:
+    """What a gateway knows of a request, with what its ledger reserved and settled for each step."""
+    record = book.get(request_id)
+    if record is None:
+        return None
+    shown = record.shown()
+    for step in shown["steps"]:
+        ids = step.pop("answers")
+        step["ledger"] = await database.read(lambda connection, ids=ids: attempts(connection, ids))  # type: ignore[misc]
+    return shown
 
 
 class RecordBook:
@@ -237,11 +259,6 @@ class RecordBook:
         if found is None or time.time() - found[0].at > self._keep.age_s:
             return None
         return found[0]
-
-    async def explain(self, request_id: str) -> dict[str, Any] | None:
-        """What the mailbox answers to other gateways."""
-        record = self.get(request_id)
-        return record.shown() if record is not None else None
 
     def _drop(self, request_id: str) -> None:
         gone = self._records.pop(request_id, None)

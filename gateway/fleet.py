@@ -12,6 +12,7 @@ import logging
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing
+from typing import Protocol
 
 from gateway.config import GatewayConfig, ServedModel
 from gateway.connection import Connect, Connection
@@ -38,13 +39,40 @@ _RECONNECT_FIRST_S, _RECONNECT_MAX_S = 0.05, 2.0
 _LINGER_S = 0.2
 
 
+class Links(Protocol):
+    """Whoever keeps account of which incarnations of replicas this gateway may have given something to."""
+
+    async def link(self, incarnation: str) -> None:
+        """Awaited before it is given anything."""
+        ...
+
+    def unlink(self, incarnation: str) -> None:
+        """The connection is gone."""
+        ...
+
+
+class _NoLinks:
+    async def link(self, incarnation: str) -> None:
+        pass
+
+    def unlink(self, incarnation: str) -> None:
+        pass
+
+
 class Fleet:
     """Models by name and alias, and their live connections."""
 
-    def __init__(self, config: GatewayConfig, directory: Directory, connect: Connect | None = None) -> None:
+    def __init__(
+        self,
+        config: GatewayConfig,
+        directory: Directory,
+        connect: Connect | None = None,
+        links: Links | None = None,
+    ) -> None:
         self._served = {name: model for model in config.models for name in (model.name, *model.aliases)}
         self._directory = directory
         self._connect = connect or _connector(config)
+        self._links = links or _NoLinks()
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="gateway-tokenizer")
         self.routes = {model.name: Routes(config.gateway_id) for model in config.models}
         self._models: dict[str, Model] = {}
@@ -169,6 +197,7 @@ class Fleet:
             pause = _RECONNECT_FIRST_S
             try:
                 await self._describe(address.model, connection.card)
+                await self._links.link(address.incarnation)
                 self._connections[address] = connection
                 routes.join(connection, published)
                 self._notify()
@@ -178,6 +207,7 @@ class Fleet:
                 return
             finally:
                 self._connections.pop(address, None)
+                self._links.unlink(address.incarnation)
                 routes.leave(connection)
                 await connection.aclose()
                 self._notify()

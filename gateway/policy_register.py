@@ -92,7 +92,7 @@ class PolicyRegister:
 
     def validate(self, text: str, name: str = "policy") -> PolicyDocument:
         """The document; DocumentError. Names are checked against every live gateway's fleet."""
-        gateways = self._read(lambda connection: generations.live_gateways(connection, time.time()))
+        gateways = self.read(lambda connection: generations.live_gateways(connection, time.time()))
         names = self._names if not gateways else None
         document = checked(text, name, names=names, predictors=self._predictors)
         for theirs in {gateway.names for gateway in gateways}:
@@ -105,28 +105,28 @@ class PolicyRegister:
 
     def compare(self, before: int, after: int) -> list[str]:
         """What differs between two generations; UnknownGeneration."""
-        found = self._read(lambda connection: generations.stored(connection, (before, after)))
+        found = self.read(lambda connection: generations.stored(connection, (before, after)))
         return changes(found[before].normalised, found[after].normalised)
 
     def state(self) -> Switch:
         """The newest committed switch."""
-        return self._read(generations.latest)
+        return self.read(generations.latest)
 
     def active(self) -> StoredGeneration:
         return self.show(self.state().active)
 
     def show(self, number: int) -> StoredGeneration:
         """One generation with its document; UnknownGeneration."""
-        return self._read(lambda connection: generations.stored(connection, (number,)))[number]
+        return self.read(lambda connection: generations.stored(connection, (number,)))[number]
 
     def history(self, limit: int = 50) -> list[HistoryEntry]:
-        return self._read(lambda connection: generations.history(connection, limit))
+        return self.read(lambda connection: generations.history(connection, limit))
 
     def audit(self, limit: int = 50, before: int | None = None) -> list[AuditEntry]:
-        return self._read(lambda connection: generations.audit_entries(connection, limit, before))
+        return self.read(lambda connection: generations.audit_entries(connection, limit, before))
 
     def gateways(self) -> list[LiveGateway]:
-        return self._read(lambda connection: generations.live_gateways(connection, time.time()))
+        return self.read(lambda connection: generations.live_gateways(connection, time.time()))
 
     # ------------------------------------------------------------------------------------------------------ changing
 
@@ -279,7 +279,7 @@ class PolicyRegister:
             )
         )
 
-    def _read(self, query: Callable[[Connection], T]) -> T:
+    def read(self, query: Callable[[Connection], T]) -> T:
         with reading(self._engine).begin() as connection:
             return query(connection)
 

@@ -10,21 +10,30 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
-from policies.budget import Number, Price, pico_usd
+from policies.budget import PICO, Number, Price, pico_usd
 from replicas.protocol import ConfigError
 
 
 def from_fleet(price: Mapping[str, float]) -> Price:
-    """A fleet file's `price`: dollars per million tokens by kind ("input", "cached_input", "output").
+    """Dollars per million tokens by kind ("input", "cached_input", "output"), and dollars per "request".
 
     Where cached_input is not given, cached tokens cost what others do.
     """
-    unknown = price.keys() - {"input", "cached_input", "output"}
+    unknown = price.keys() - {"input", "cached_input", "output", "request"}
     if unknown:
         raise ConfigError(f"unknown kinds of price: {', '.join(sorted(unknown))}")
     return Price.per_million(
-        input=price.get("input", 0), cached_input=price.get("cached_input"), output=price.get("output", 0)
+        input=price.get("input", 0),
+        cached_input=price.get("cached_input"),
+        output=price.get("output", 0),
+        request=price.get("request", 0),
     )
+
+
+def per_million(price: Price) -> dict[str, float]:
+    """The other way round, exactly."""
+    million = {kind: getattr(price, kind) * 10**6 / PICO for kind in ("input", "cached_input", "output")}
+    return {**million, "request": price.request / PICO}
 
 
 def from_seconds(
@@ -48,6 +57,17 @@ def from_seconds(
         raise ConfigError("hourly rates must not be negative, tokens a second must be greater than 0")
     a_second = dollars / 3600
     return Price(input=pico_usd(a_second / rates[0]), cached_input=0, output=pico_usd(a_second / rates[1]))
+
+
+def listed(model: str, api_url: str, *, at: datetime) -> Price | None:
+    """The list price at the server of that URL; None where it is none of the public ones or does not list the model."""
+    from genai_prices.data_snapshot import get_snapshot
+
+    try:
+        provider, _ = get_snapshot().find_provider_model(model, None, None, api_url)
+    except LookupError:
+        return None
+    return public(model, provider=provider.id, at=at)
 
 
 def public(model: str, *, provider: str | None = None, at: datetime, prompt_tokens: int = 0) -> Price:

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import zmq
 
@@ -45,6 +45,16 @@ _HEARTBEAT_S = 0.5
 # What replicas publish is read so much later: it comes right behind a request's first chunk, and must not be taken in
 # before that is on its way to the client.
 _PUBLISHED_AFTER_S = 0.001
+# How long an acknowledgement waits for others to go with it, and how many go at once.
+_ACKNOWLEDGE_S, _ACKNOWLEDGED = 0.25, 256
+
+
+@dataclass(frozen=True, slots=True)
+class Journaled:
+    """A replica's answer about a gateway: its journal's entries, and the incarnations whose journals it holds."""
+
+    owners: tuple[str, ...]
+    entries: tuple[wire.JournalEntry, ...]
 
 
 class Listener(Protocol):
@@ -94,6 +104,9 @@ class ReplicaConnection:
         self._card: ModelCard | None = None
         self._streams: dict[int, _Stream] = {}
         self._pings: dict[int, asyncio.Future[None]] = {}
+        self._journals: dict[int, tuple[list[wire.JournalEntry], asyncio.Future[Journaled]]] = {}
+        self._journaled: set[str] = set()
+        self._acknowledging: list[str] = []
         self._seq = 0
         self._last_nonce = 0
         self._received = 0
@@ -205,11 +218,49 @@ class ReplicaConnection:
             del self._pings[nonce]
         return self._loop.time() - begin
 
+    async def journal(self, gateway_id: str, timeout_s: float = 5.0) -> Journaled:
+        """What the replica has made for a gateway and nobody has acknowledged; "" for all that has ended, of everybody.
+
+        Raises ReplicaLost, also when there is no answer in time.
+        """
+        self._check_alive()
+        self._last_nonce = nonce = self._last_nonce + 1
+        answer: asyncio.Future[Journaled] = self._loop.create_future()
+        self._journals[nonce] = [], answer
+        try:
+            self._send(wire.JournalAsk(nonce, gateway_id))
+            async with asyncio.timeout(timeout_s):
+                return await answer
+        except TimeoutError:
+            raise ReplicaLost(f"replica {self.address.replica_id!r} did not show its journal in time") from None
+        finally:
+            del self._journals[nonce]
+
+    def acknowledge(self, request_ids: Collection[str], *, foreign: bool = False) -> None:
+        """These are on the books. Of the ids only those are sent, soon, that this connection submitted with a note;
+        foreign: of whomever, so all of them.
+        """
+        mine = list(request_ids) if foreign else [id for id in request_ids if id in self._journaled]
+        if not mine or not self.alive:
+            return
+        self._journaled.difference_update(mine)
+        if not self._acknowledging:
+            self._loop.call_later(_ACKNOWLEDGE_S, self._send_acknowledgements)
+        self._acknowledging += mine
+        if len(self._acknowledging) >= _ACKNOWLEDGED:
+            self._send_acknowledgements()
+
+    def _send_acknowledgements(self) -> None:
+        if self._acknowledging:
+            self._send(wire.JournalAck(tuple(self._acknowledging)))
+            self._acknowledging.clear()
+
     async def aclose(self) -> None:
         """Abort what is in flight and let go of the sockets; streams still read raise ReplicaLost."""
         if self.alive:
             for seq in self._streams:
                 self._send(wire.Abort(seq))
+            self._send_acknowledgements()
         self._lose(partial(ReplicaLost, "the connection to the replica was closed"))
 
     # ---------------------------------------------------------------- inside
@@ -219,6 +270,8 @@ class ReplicaConnection:
         message = wire.submit(self._seq + 1, request)
         self._seq += 1
         self._streams[self._seq] = stream = _Stream(request.request_id)
+        if request.note:
+            self._journaled.add(request.request_id)
         self._send(message)
         return self._seq, stream
 
@@ -262,6 +315,8 @@ class ReplicaConnection:
             answer = self._pings.get(message.nonce)
             if answer is not None and not answer.done():
                 answer.set_result(None)
+        elif isinstance(message, wire.JournalPage):
+            self._take_page(message)
         elif message.fatal:
             self._lose(partial(ReplicaLost, f"the replica ended the connection: {message.reason}"))
         else:
@@ -274,6 +329,13 @@ class ReplicaConnection:
         if self._received - self._acknowledged >= _ACK_EVERY:
             self._acknowledged = self._received
             self._send(wire.Ack(self._received))
+
+    def _take_page(self, page: wire.JournalPage) -> None:
+        if page.nonce in self._journals:  # else nobody waits any more
+            entries, answer = self._journals[page.nonce]
+            entries += page.entries
+            if page.last and not answer.done():
+                answer.set_result(Journaled(page.owners, tuple(entries)))
 
     def _deliver(self, part: wire.ChunkPart) -> None:
         stream = self._streams.get(part.seq)
@@ -340,7 +402,8 @@ class ReplicaConnection:
         for stream in streams:
             stream.error, stream.done = error(), True
             stream.wake()
-        for answer in self._pings.values():
+        waiting: list[asyncio.Future[Any]] = [*self._pings.values(), *(asked for _, asked in self._journals.values())]
+        for answer in waiting:
             if not answer.done():
                 answer.set_exception(error())
         if not self._described.done():

@@ -95,6 +95,9 @@ class FakeEngine:
         self.settings = settings = settings or FakeSettings()
         time.sleep(settings.start_delay_s)
         self.hang = threading.Event()
+        self._tally = -1
+        if settings.tally:
+            self._tally = os.open(settings.tally, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._clock = clock
         self._card = card or fake_card(settings)
         self._script = script(tokenizer or byte_tokenizer())
@@ -266,6 +269,8 @@ class FakeEngine:
         job.completed += 1
         job.account.cost += OUTPUT_WEIGHT
         self._generation_tokens += 1
+        if self._tally >= 0:
+            os.write(self._tally, f"{request_id}\n".encode())
         self._misbehave(len(row.tokens))
         if len(row.tokens) == settings.fail_after_tokens:
             self._drop(job)
@@ -283,7 +288,7 @@ class FakeEngine:
             logprobs=self._logprobs(row, token),
             finish_reason=finish,
             usage=usage,
-            timing=job.phases.token(self._clock(), last=usage is not None),
+            timing=job.phases.token(self._clock(), last=usage is not None, cached=job.cached),
         )
 
     def _next(self, row: _Row) -> tuple[int, str, FinishReason | None]:

@@ -217,6 +217,7 @@ class GenerateRequest:
     it then ends in DeadlineExceeded. None waits for ever.
     `max_queued`, `max_queued_per_key`: refused with QueueFull if so many wait already, of all keys or of its own; None
     leaves it to the engine's settings, and max_queued never widens them.
+    `note`: who pays what, for the replica's journal to keep and give back; "" where nothing is reserved.
     """
 
     request_id: str
@@ -228,6 +229,7 @@ class GenerateRequest:
     deadline_s: float | None = None
     max_queued: int | None = None
     max_queued_per_key: int | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,11 +257,13 @@ class Timing:
 
     queued_s: accepted → first scheduled; prefill_s: from there to its first token, whatever came between (other
     requests' steps, preemption); decode_s: from there to its last token, 0 in what goes out with the first.
+    cached_tokens: of its prompt, as in Usage, so that an answer that is cut short can be paid for as well.
     """
 
     queued_s: float
     prefill_s: float
     decode_s: float = 0.0
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,15 +10,18 @@ import asyncio
 import logging
 import os
 import sys
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray import serve
 
 from replicas.directory import DIRECTORY, directory_actor
+from replicas.journal import Journal
 from replicas.protocol import TokenEngine
 from replicas.server import ReplicaServer
 
@@ -26,6 +29,8 @@ log = logging.getLogger(__name__)
 
 HEALTH_PERIOD_S = 1.0
 HEALTH_TIMEOUT_S = 20.0
+# How often a replica looks for journals that others have left for good.
+ADOPT_PERIOD_S = 5.0
 _SWITCH_S = 0.0005
 
 
@@ -34,7 +39,8 @@ class ReplicaSpec:
     """What a replica process is told. Plain values: it crosses a process boundary.
 
     engine: a key of ENGINES. source: of the checkpoint, of the tokenizer for a fake engine, or "".
-    drain_s: how long requests that run may go on when the replica is told to go.
+    drain_s: how long requests that run may go on when the replica is told to go. journals: the folder for what this
+    machine's replicas have produced and no gateway has on its books yet; "" keeps no journal.
     """
 
     model: str
@@ -44,6 +50,7 @@ class ReplicaSpec:
     default_max_tokens: int = 0
     drain_s: float = 30.0
     directory: str = DIRECTORY
+    journals: str = ""
 
 
 def _signalbox(spec: ReplicaSpec) -> TokenEngine:
@@ -92,12 +99,15 @@ class Replica:
         self._spec = spec
         self._server: ReplicaServer | None = None
         engine = ENGINES[spec.engine](spec)
+        incarnation = uuid.uuid4().hex
+        self._adopted_at = time.monotonic()
         self._server = ReplicaServer(
             engine,
             card=replace(engine.card, model=spec.model, default_max_tokens=spec.default_max_tokens),
             replica_id=serve.get_replica_context().replica_id.unique_id,
-            incarnation=uuid.uuid4().hex,
+            incarnation=incarnation,
             host=ray.util.get_node_ip_address(),
+            journal=Journal(Path(spec.journals), incarnation) if spec.journals else None,
         )
         self._address = self._server.start()
         self._directory = directory_actor(spec.directory)
@@ -109,6 +119,9 @@ class Replica:
         assert self._server is not None, "Serve asks for health only after the constructor"
         if not self._server.healthy():
             raise RuntimeError(f"engine thread of {self._address.replica_id} is {self._server.state} or stuck")
+        if time.monotonic() - self._adopted_at >= ADOPT_PERIOD_S:
+            self._adopted_at = time.monotonic()
+            await asyncio.to_thread(self._server.adopt)
         try:
             async with asyncio.timeout(HEALTH_TIMEOUT_S / 4):
                 if not await self._directory.renew.remote(self._address.replica_id, self._address.incarnation):

@@ -24,6 +24,7 @@ from enum import StrEnum
 import zmq
 
 from replicas import wire
+from replicas.journal import Journal
 from replicas.protocol import (
     Chunk,
     EngineFault,
@@ -39,6 +40,7 @@ from replicas.protocol import (
     SignalboxError,
     TokenEngine,
 )
+from replicas.recorder import Recorder
 from replicas.sockets import Context, ReplicaSockets, Unreachable
 from replicas.streams import Peer, Stream, Streams
 
@@ -81,11 +83,15 @@ class ReplicaServer:
         host: str = "127.0.0.1",
         limits: ServerLimits | None = None,
         context: Context | None = None,
+        journal: Journal | None = None,
     ) -> None:
-        """`card` replaces the engine's own, for instance to give the model another name."""
+        """`card` replaces the engine's own, for instance to give the model another name. `journal` is the server's from
+        here on.
+        """
         self._engine = engine
         self._card = card or engine.card
         self._limits = limits or ServerLimits()
+        self._recorder = Recorder(journal)
         self._streams = Streams()
         self._peers: dict[bytes, Peer] = {}
         self._sockets = ReplicaSockets(context or zmq.Context.instance(), host, self._limits.heartbeat_s)
@@ -131,6 +137,11 @@ class ReplicaServer:
         """As last published."""
         return self._last_stats
 
+    def adopt(self) -> None:
+        """Take over journals that dead replicas have left beside this one's. It reads files: not for event loops."""
+        if self._recorder.adopt():
+            self._sockets.wake()
+
     def drain(self, timeout_s: float) -> bool:
         """Take no new work and wait for what runs; True if all of it finished in time.
 
@@ -153,6 +164,7 @@ class ReplicaServer:
             self._thread.join(timeout_s)
         elif self._state is ThreadState.STARTING:
             self._sockets.close()
+            self._recorder.close()
 
     # ---------------------------------------------------------------- the engine's thread
 
@@ -172,6 +184,7 @@ class ReplicaServer:
             self._end_all(lambda stream: ReplicaLost("the replica stopped"), abort=False)
             self._flush()
             self._sockets.close()
+            self._recorder.close()
             if self._state is ThreadState.RUNNING:
                 self._state = ThreadState.STOPPED
             self._drained.set()
@@ -201,6 +214,7 @@ class ReplicaServer:
         stream = self._streams.get(chunk.request_id)
         if stream is None:
             return  # aborted in the meantime: nobody listens
+        self._recorder.saw(chunk)
         stream.peer.outbox.append(wire.chunk_part(stream.seq, chunk))
         if chunk.terminal:
             self._close(stream)
@@ -209,6 +223,7 @@ class ReplicaServer:
 
     def _close(self, stream: Stream, *, abort: bool = False) -> None:
         self._streams.close(stream)
+        self._recorder.ended(stream.request_id)
         self._status_due = self._status_due or not self._streams
         if abort and self._state is not ThreadState.FAILED:
             self._engine.abort(stream.request_id)
@@ -279,7 +294,7 @@ class ReplicaServer:
         card = wire.Card(incarnation, self._card, wire.status_message(self._status()))
         self._send(peer, wire.encode(card))
 
-    def _obey(self, peer: Peer, command: wire.Submit | wire.Abort | wire.Ack | wire.Ping | wire.Resync) -> None:
+    def _obey(self, peer: Peer, command: wire.Command) -> None:
         if isinstance(command, wire.Submit):
             self._submit(peer, command)
         elif isinstance(command, wire.Abort):
@@ -290,6 +305,11 @@ class ReplicaServer:
             peer.read = max(peer.read, min(command.received_bytes, peer.sent))
         elif isinstance(command, wire.Resync):
             self._send_snapshot(peer)
+        elif isinstance(command, wire.JournalAsk):
+            for page in self._recorder.pages(command):
+                self._send(peer, wire.encode(page))
+        elif isinstance(command, wire.JournalAck):
+            self._recorder.acknowledge(command)
         else:
             self._send(peer, wire.encode(wire.Pong(command.nonce)))
 
@@ -305,6 +325,7 @@ class ReplicaServer:
             peer.outbox.append(wire.error_part(command.seq, error))
             return
         self._streams.open(request.request_id, peer, command.seq)
+        self._recorder.began(peer.gateway_id, request)
 
     def _admit(self, request: GenerateRequest) -> None:
         if self._state is ThreadState.FAILED:
@@ -329,6 +350,7 @@ class ReplicaServer:
     # ---------------------------------------------------------------- what goes out
 
     def _flush(self) -> None:
+        self._recorder.flush()  # before anybody is told
         for peer in list(self._peers.values()):
             if peer.outbox:
                 frame = wire.encode(wire.Chunks(tuple(peer.outbox)))

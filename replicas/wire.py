@@ -2,8 +2,8 @@
 
     frame = VERSION (1 byte) | msgpack array [tag, field, field, ...]
 
-    gateway DEALER ──► replica ROUTER    Describe · Submit · Abort · Ack · Ping · Resync
-    gateway DEALER ◄── replica ROUTER    Card · Chunks · Pong · Refused · Snapshot
+    gateway DEALER ──► replica ROUTER    Describe · Submit · Abort · Ack · Ping · Resync · JournalAsk · JournalAck
+    gateway DEALER ◄── replica ROUTER    Card · Chunks · Pong · Refused · Snapshot · JournalPage
     gateway SUB    ◄── replica PUB       TOPIC_STATUS + Status · TOPIC_EVENTS + Events
 
 A stream is named by its submission's sequence number, which counts up from 1 on each connection, so a token costs a few
@@ -77,6 +77,7 @@ class Submit(_Frame, tag=2, frozen=True):
     deadline_s: float | None = None
     max_queued: int | None = None
     max_queued_per_key: int | None = None
+    note: str = ""
 
 
 class Abort(_Frame, tag=3, frozen=True):
@@ -115,7 +116,7 @@ class LogprobPart(_Frame, frozen=True):
 
 class ChunkPart(_Frame, frozen=True):
     """One Chunk without its request id. `finish` is an index into _FINISH; usage is (prompt, completion, cached) and
-    timing (queued, prefill, decode) in seconds.
+    timing (queued, prefill, decode) in seconds, with the cached tokens.
     """
 
     seq: int
@@ -126,7 +127,7 @@ class ChunkPart(_Frame, frozen=True):
     usage: tuple[int, int, int] | None = None
     logprobs: tuple[LogprobPart, ...] = ()
     error: ErrorPart | None = None
-    timing: tuple[float, float, float] | None = None
+    timing: tuple[float, float, float, int] | None = None
 
 
 class Chunks(_Frame, tag=7, frozen=True):
@@ -179,8 +180,40 @@ class Snapshot(_Frame, tag=13, frozen=True):
     hashes: bytes
 
 
-ToReplica = Describe | Submit | Abort | Ack | Ping | Resync
-ToGateway = Card | Chunks | Pong | Refused | Snapshot
+class JournalAsk(_Frame, tag=14, frozen=True):
+    """Asks what was made for a gateway and not acknowledged; "" asks for all that has ended, of every gateway."""
+
+    nonce: int
+    gateway_id: str
+
+
+class JournalEntry(_Frame, frozen=True):
+    """usage: what is to be paid, as (prompt, completion, cached); of one that runs, until now."""
+
+    request_id: str
+    usage: tuple[int, int, int]
+    running: bool
+    note: str
+
+
+class JournalPage(_Frame, tag=15, frozen=True):
+    """A part of the answer. owners: the incarnations whose journals are here; none where no journal is kept."""
+
+    nonce: int
+    owners: tuple[str, ...]
+    entries: tuple[JournalEntry, ...]
+    last: bool
+
+
+class JournalAck(_Frame, tag=16, frozen=True):
+    """The usage of these is on the books."""
+
+    request_ids: tuple[str, ...]
+
+
+Command = Submit | Abort | Ack | Ping | Resync | JournalAsk | JournalAck
+ToReplica = Describe | Command
+ToGateway = Card | Chunks | Pong | Refused | Snapshot | JournalPage
 Published = Status | Events
 
 _FINISH: tuple[FinishReason, ...] = tuple(FinishReason)
@@ -232,6 +265,7 @@ def submit(seq: int, request: GenerateRequest) -> Submit:
         request.deadline_s,
         request.max_queued,
         request.max_queued_per_key,
+        request.note,
     )
 
 
@@ -247,6 +281,7 @@ def request(message: Submit) -> GenerateRequest:
         deadline_s=message.deadline_s,
         max_queued=message.max_queued,
         max_queued_per_key=message.max_queued_per_key,
+        note=message.note,
     )
 
 
@@ -278,7 +313,7 @@ def chunk_part(seq: int, chunk: Chunk) -> ChunkPart:
         _FINISH_INDEX[chunk.finish_reason],
         None if usage is None else (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens),
         tuple(map(_logprob_part, chunk.logprobs)) if chunk.logprobs else (),
-        timing=None if timing is None else (timing.queued_s, timing.prefill_s, timing.decode_s),
+        timing=None if timing is None else _timing_parts(timing),
     )
 
 
@@ -302,8 +337,21 @@ def chunk(request_id: str, part: ChunkPart) -> Chunk:
     )
 
 
-def _timing(queued_s: float, prefill_s: float, decode_s: float) -> Timing:
-    return Timing(queued_s=queued_s, prefill_s=prefill_s, decode_s=decode_s)
+def _timing_parts(timing: Timing) -> tuple[float, float, float, int]:
+    return timing.queued_s, timing.prefill_s, timing.decode_s, timing.cached_tokens
+
+
+def _timing(queued_s: float, prefill_s: float, decode_s: float, cached_tokens: int) -> Timing:
+    return Timing(queued_s=queued_s, prefill_s=prefill_s, decode_s=decode_s, cached_tokens=cached_tokens)
+
+
+def journal_entry(request_id: str, usage: Usage, running: bool, note: str) -> JournalEntry:
+    counts = usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens
+    return JournalEntry(request_id, counts, running, note)
+
+
+def journaled_usage(entry: JournalEntry) -> Usage:
+    return _usage(*entry.usage)
 
 
 def _usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Usage:

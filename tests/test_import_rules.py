@@ -75,7 +75,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {  # module: (anywhere, inside fun
     "gateway.serve": ({"gateway", "replicas", "ray", "fastapi", "starlette"}, set()),
     "load": (
         {"load", "policies.traces", "httpx", "aiohttp", "numpy", "rich", "uvicorn"},
-        {"matplotlib", "plotly", "ray"},
+        {"matplotlib", "plotly", "psycopg", "ray"},
     ),
     "deploy": ({"*"}, {"*"}),
 }

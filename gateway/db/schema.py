@@ -209,6 +209,14 @@ ledger_gateways = Table(
     Column("lease_until", Float, nullable=False),
 )
 
+# Incarnations of replicas that a gateway has been connected to: who may have worked for it.
+ledger_links = Table(
+    "ledger_links",
+    metadata,
+    Column("gateway_id", String(64), primary_key=True),
+    Column("incarnation", String(64), primary_key=True),
+)
+
 # Alerts that were raised. `next_at` is when to try the webhook (again); None when there is nothing left to do.
 ledger_events = Table(
     "ledger_events",

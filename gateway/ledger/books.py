@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Collection
 
 from sqlalchemy.exc import SQLAlchemyError
 
 from gateway.db.database import Database
 from gateway.ledger.alerts import Webhooks
 from gateway.ledger.ledger import Ledger
-from gateway.ledger.recovery import Journals, JournalSource, Recovery
+from gateway.ledger.recovery import JournalSource, Recovery
 from gateway.ledger.usage import prune
 
 logger = logging.getLogger(__name__)
@@ -20,22 +19,10 @@ logger = logging.getLogger(__name__)
 _PRUNE_S = 3600.0
 
 
-class NoJournals:
-    """Where replicas keep none: what a dead gateway left open is charged as reserved, and marked."""
-
-    async def read(self, gateway_id: str) -> Journals:
-        return Journals()
-
-    async def acknowledge(self, gateway_id: str, request_ids: Collection[str]) -> None:
-        pass
-
-
 class Books:
-    def __init__(
-        self, database: Database, ledger: Ledger, secret: bytes, journals: JournalSource | None = None
-    ) -> None:
+    def __init__(self, database: Database, ledger: Ledger, secret: bytes, journals: JournalSource) -> None:
         self._database = database
-        self._recovery = Recovery(ledger, journals or NoJournals())
+        self._recovery = Recovery(ledger, journals)
         self._webhooks = Webhooks(database, secret)
         self._pruning: asyncio.Task[None] | None = None
 

@@ -19,13 +19,14 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 
+from gateway.config import LEASE_S
 from gateway.db.database import Database
 from gateway.ledger import usage
 from gateway.ledger.entries import Beat, Close, Ending, Operation, Record, Reservation, Reserve, Spend
@@ -48,7 +49,7 @@ class LedgerSettings:
     transaction. retry_s: pause before a database that failed is tried again. unwritten: most operations kept meanwhile.
     """
 
-    lease_s: float = 10.0
+    lease_s: float = LEASE_S
     record_s: float = 0.5
     batch: int = 256
     retry_s: float = 0.25
@@ -62,7 +63,10 @@ class _Pending:
 
 
 class Ledger:
-    """Belongs to one event loop, from `start` to `aclose`. `clock` gives Unix seconds, on any thread."""
+    """Belongs to one event loop, from `start` to `aclose`. `clock` gives Unix seconds, on any thread.
+
+    on_closed: told of the attempts whose ending has just been committed.
+    """
 
     def __init__(
         self,
@@ -82,6 +86,10 @@ class Ledger:
         self._heart: asyncio.Task[None] | None = None
         self._open: dict[str, Reservation] = {}
         self._leased_until = float("-inf")
+        self._links: set[str] = set()
+        self._linked: set[str] = set()
+        self._lost: dict[str, frozenset[str]] = {}
+        self.on_closed: Callable[[Collection[str]], None] | None = None
         self._closing = False
 
     # ---------------------------------------------------------------- life
@@ -112,6 +120,18 @@ class Ledger:
     def open(self) -> int:
         """Reservations of this gateway that have neither been settled nor released."""
         return len(self._open)
+
+    async def link(self, incarnation: str) -> None:
+        """To be awaited before that replica is given anything: should this gateway die, its journal must be read."""
+        self._links.add(incarnation)
+        self._lost.pop(incarnation, None)
+        while incarnation not in self._linked:
+            await self._submit(Beat())
+
+    def unlink(self, incarnation: str) -> None:
+        """It is gone. Once all that is open now is closed, its journal has nothing more to say of this gateway."""
+        if incarnation in self._links:
+            self._lost[incarnation] = frozenset(self._open)
 
     # ---------------------------------------------------------------- what a request does
 
@@ -176,14 +196,37 @@ class Ledger:
         now = self.clock()
         return await self._database.read(lambda connection: _dead(connection, now))
 
-    async def take_over(self, gateway_id: str, journaled: Journaled, *, complete: bool) -> Taken | None:
+    async def links(self, gateway_id: str) -> set[str]:
+        """The incarnations that may have worked for a gateway."""
+        return await self._database.read(
+            lambda connection: {
+                row[0]
+                for row in Statements(connection).run(
+                    "SELECT incarnation FROM ledger_links WHERE gateway_id=?", gateway_id
+                )
+            }
+        )
+
+    async def open_among(self, request_ids: Collection[str]) -> set[str]:
+        """Those of the attempts that something is reserved for."""
+        return await self._database.read(lambda connection: usage.open_among(connection, request_ids))
+
+    async def take_over(
+        self, gateway_id: str, journaled: Journaled, *, complete: bool, elsewhere: Collection[str] = ()
+    ) -> Taken | None:
         """Close what a dead gateway left open, each request once however many gateways try; None if it lives after all.
 
         See `transaction.take_over` for how.
         """
         taken = await self._database.write(
             lambda connection: take_over(
-                connection, gateway_id, journaled, complete=complete, by=self.gateway_id, now=self.clock()
+                connection,
+                gateway_id,
+                journaled,
+                complete=complete,
+                by=self.gateway_id,
+                now=self.clock(),
+                elsewhere=elsewhere,
             )
         )
         if taken is not None:
@@ -233,8 +276,12 @@ class Ledger:
         reserving = any(isinstance(operation, Reserve) for operation in operations)
         if reserving and self._leased_until - now < self.settings.lease_s / 2:
             operations.append(Beat())  # nothing may be reserved without a lease that covers it
+        # after so long without renewal another gateway may have closed everything here, the links with it
+        lapsed = self._leased_until - now < self.settings.lease_s / 2
+        done = {one for one, left in self._lost.items() if left.isdisjoint(self._open)}
+        links = (self._links if lapsed else self._links - self._linked) - done
         try:
-            outcome = await self._write(operations)
+            outcome = await self._write(operations, links, done)
         except _UNREACHABLE as error:
             await self._put_back(batch, error)
             return False
@@ -243,16 +290,32 @@ class Ledger:
             return True
         if outcome.leased_until is not None:
             self._leased_until = outcome.leased_until
+            self._linked |= links
+            self._unlinked(done)
         for one, result in zip(batch, outcome.results, strict=False):  # a Beat of our own has no caller
             self._resolve(one, result)
         self._tell(outcome.alerts)
+        closed = [operation.id for operation in operations if isinstance(operation, Close)]
+        if closed and self.on_closed is not None:
+            self.on_closed(closed)
         return True
 
-    async def _write(self, operations: Sequence[Operation]) -> Outcome:
+    def _unlinked(self, incarnations: Collection[str]) -> None:
+        for one in incarnations:
+            self._lost.pop(one, None)
+        self._links.difference_update(incarnations)
+        self._linked.difference_update(incarnations)
+
+    async def _write(self, operations: Sequence[Operation], links: Collection[str], done: Collection[str]) -> Outcome:
         def work(connection: Connection) -> Outcome:
-            settings = self.settings
             return commit(
-                connection, operations, gateway_id=self.gateway_id, now=self.clock(), lease_s=settings.lease_s
+                connection,
+                operations,
+                gateway_id=self.gateway_id,
+                now=self.clock(),
+                lease_s=self.settings.lease_s,
+                links=links,
+                unlinked=done,
             )
 
         try:
@@ -309,7 +372,9 @@ class Ledger:
             await self.renew()
 
     def _leave(self, connection: Connection) -> None:
-        Statements(connection).run("DELETE FROM ledger_gateways WHERE id=?", self.gateway_id)
+        statements = Statements(connection)
+        statements.run("DELETE FROM ledger_gateways WHERE id=?", self.gateway_id)
+        statements.run("DELETE FROM ledger_links WHERE gateway_id=?", self.gateway_id)
 
 
 def _dead(connection: Connection, now: float) -> list[str]:

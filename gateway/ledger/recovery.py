@@ -16,6 +16,8 @@ from replicas.protocol import SignalboxError
 
 logger = logging.getLogger(__name__)
 
+PATIENCE_S = 10.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Journals:
@@ -23,11 +25,13 @@ class Journals:
 
     usages: by attempt id, with the note that went along (`entries.note`). running: something is still being computed
     for that gateway, so the numbers are not final. complete: every journal that can know of it has been read.
+    elsewhere: models that keep none.
     """
 
     usages: Journaled = field(default_factory=dict)
     running: bool = False
     complete: bool = False
+    elsewhere: Collection[str] = ()
 
 
 class JournalSource(Protocol):
@@ -39,13 +43,14 @@ class JournalSource(Protocol):
 
 class Recovery:
     """Looks for dead gateways every half lease. Journals that are missing or not final are waited for, `patience_s` at
-    most after a death was noticed; then what they lack is charged as reserved.
+    most after a death was noticed (by default a lease, or PATIENCE_S if that is longer: time for a replica to come back
+    and take over its predecessor's journal); then what they lack is charged as reserved.
     """
 
     def __init__(self, ledger: Ledger, source: JournalSource, *, patience_s: float | None = None) -> None:
         self._ledger = ledger
         self._source = source
-        self._patience_s = ledger.settings.lease_s if patience_s is None else patience_s
+        self._patience_s = max(ledger.settings.lease_s, PATIENCE_S) if patience_s is None else patience_s
         self._noticed: dict[str, float] = {}
         self._task: asyncio.Task[None] | None = None
 
@@ -81,14 +86,15 @@ class Recovery:
         final = journals.complete and not journals.running
         if not final and self._ledger.clock() - self._noticed[dead] < self._patience_s:
             return
-        taken = await self._ledger.take_over(dead, journals.usages, complete=final)
+        taken = await self._ledger.take_over(dead, journals.usages, complete=final, elsewhere=journals.elsewhere)
         if taken is None:
             return
         del self._noticed[dead]
         logger.warning(
             "gateway %s is dead; of its requests %d were settled from journals, %d charged as reserved, %d released and"
-            " %d recorded",
+            " %d recorded%s",
             *(dead, taken.settled, taken.charged, taken.released, taken.recorded),
+            "" if final else "; not all journals could be read",
         )
         if journals.usages:
             try:

@@ -10,7 +10,7 @@ transaction before and after, in whichever process. A request leaves the state "
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,14 +34,23 @@ class Outcome:
 
 
 def commit(
-    connection: Connection, operations: Sequence[Operation], *, gateway_id: str, now: float, lease_s: float
+    connection: Connection,
+    operations: Sequence[Operation],
+    *,
+    gateway_id: str,
+    now: float,
+    lease_s: float,
+    links: Collection[str] = (),
+    unlinked: Collection[str] = (),
 ) -> Outcome:
-    """Do all operations within the connection's transaction. The lease is renewed if there is a Beat among them."""
+    """Do all operations within the connection's transaction. If there is a Beat among them, the lease is renewed, and
+    it is noted which incarnations may (`links`) and no longer can (`unlinked`) have worked for the gateway.
+    """
     work = Work(connection, gateway_id, now)
     outcome = Outcome([None] * len(operations))
     if any(isinstance(operation, Beat) for operation in operations):
         outcome.leased_until = now + lease_s
-        work.renew(outcome.leased_until)
+        work.renew(outcome.leased_until, links, unlinked)
     open_rows = work.open_rows(operation.id for operation in operations if isinstance(operation, Close))
     work.load(open_rows.values(), [operation for operation in operations if isinstance(operation, Reserve)])
     for number, operation in enumerate(operations):
@@ -76,13 +85,20 @@ class Taken:
 
 
 def take_over(
-    connection: Connection, dead: str, journaled: Journaled, *, complete: bool, by: str, now: float
+    connection: Connection,
+    dead: str,
+    journaled: Journaled,
+    *,
+    complete: bool,
+    by: str,
+    now: float,
+    elsewhere: Collection[str] = (),
 ) -> Taken | None:
     """Close what a dead gateway left open; None if its lease is good.
 
     complete: no journal but those read can know of its requests, so one without an entry never ran and is released;
-    otherwise it is charged as reserved and marked as estimated. Usage that nothing was reserved for is recorded by its
-    note, unless the dead gateway had recorded it itself.
+    otherwise it is charged as reserved and marked as estimated, as are requests to models `elsewhere`, which keep no
+    journals. Usage that nothing was reserved for is recorded by its note, unless the dead gateway had recorded it.
     """
     work = Work(connection, by, now)
     lease = work.statements.for_update("SELECT lease_until FROM ledger_gateways WHERE id=?", dead)
@@ -92,7 +108,7 @@ def take_over(
     work.load(rows.values(), ())
     counts = {"settled": 0, "charged": 0, "released": 0}
     for row in rows.values():
-        kind, ending = _ending(row, journaled, complete)
+        kind, ending = _ending(row, journaled, complete and row.model not in elsewhere)
         counts[kind] += 1
         work.close(row, ending)
     unreserved = []
@@ -103,6 +119,7 @@ def take_over(
     recorded = work.record(unreserved) if unreserved else set()
     alerts = work.write()
     work.statements.run("DELETE FROM ledger_gateways WHERE id=?", dead)
+    work.statements.run("DELETE FROM ledger_links WHERE gateway_id=?", dead)
     return Taken(**counts, recorded=len(recorded), alerts=tuple(alerts))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
@@ -13,6 +13,9 @@ from sqlalchemy import Connection
 from gateway.ledger.sql import Statements
 from gateway.ledger.work import REQUEST_COLUMNS, RequestRow
 from policies.budget import Account
+
+# Parameters in one statement.
+_MOST_IDS = 500
 
 
 class Total(NamedTuple):
@@ -101,6 +104,19 @@ def used(connection: Connection, accounts: Sequence[Account], now: float) -> dic
         int(now),
     )
     return {account: (usd, tokens) for account, usd, tokens in rows}
+
+
+def open_among(connection: Connection, ids: Collection[str]) -> set[str]:
+    """Those of the attempts that something is still reserved for."""
+    wanted, found = list(ids), set[str]()
+    for at in range(0, len(wanted), _MOST_IDS):
+        part = wanted[at : at + _MOST_IDS]
+        marks = ",".join("?" * len(part))
+        rows = Statements(connection).run(
+            f"SELECT id FROM ledger_requests WHERE state='open' AND id IN ({marks})", *part
+        )
+        found.update(row[0] for row in rows)
+    return found
 
 
 def request(connection: Connection, id: str) -> list[RequestRow]:

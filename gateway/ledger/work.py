@@ -87,12 +87,20 @@ class Work:
 
     # ---------------------------------------------------------------- what it locks
 
-    def renew(self, lease_until: float) -> None:
+    def renew(self, lease_until: float, links: Iterable[str] = (), unlinked: Iterable[str] = ()) -> None:
         self.statements.run(
             "INSERT INTO ledger_gateways (id, lease_until) VALUES (?, ?)"
             " ON CONFLICT (id) DO UPDATE SET lease_until=excluded.lease_until",
             self._gateway_id,
             lease_until,
+        )
+        self.statements.many(
+            "INSERT INTO ledger_links (gateway_id, incarnation) VALUES (?, ?) ON CONFLICT DO NOTHING",
+            [(self._gateway_id, incarnation) for incarnation in sorted(links)],
+        )
+        self.statements.many(
+            "DELETE FROM ledger_links WHERE gateway_id=? AND incarnation=?",
+            [(self._gateway_id, incarnation) for incarnation in sorted(unlinked)],
         )
 
     def open_rows(self, ids: Iterable[str]) -> dict[str, RequestRow]:

@@ -252,7 +252,9 @@ class Engine:
             logprobs=logprobs,
             finish_reason=seq.finish_reason,
             usage=usage,
-            timing=group.phases.token(time.perf_counter(), last=usage is not None),
+            timing=group.phases.token(
+                time.perf_counter(), last=usage is not None, cached=group.sequences[0].num_cached
+            ),
         )
 
     def _advance(self, seq: Sequence, token: int) -> str:

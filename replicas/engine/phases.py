@@ -20,8 +20,11 @@ class Phases:
         if self._scheduled is None:
             self._scheduled = now
 
-    def token(self, now: float, *, last: bool) -> Timing | None:
-        """A token is there; `last`: the request's. What to tell with it, which for most tokens is nothing."""
+    def token(self, now: float, *, last: bool, cached: int = 0) -> Timing | None:
+        """A token is there; `last`: the request's. What to tell with it, which for most tokens is nothing.
+
+        cached: tokens of its prompt that were not computed.
+        """
         if self._first is not None and not last:
             return None
         assert self._scheduled is not None, "a token came from a step that nobody reported"
@@ -31,4 +34,5 @@ class Phases:
             queued_s=self._scheduled - self._accepted,
             prefill_s=self._first - self._scheduled,
             decode_s=now - self._first,
+            cached_tokens=cached,
         )

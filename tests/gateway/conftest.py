@@ -6,7 +6,7 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +25,9 @@ from gateway.directory import StaticDirectory
 from gateway.fleet import Fleet
 from gateway.keys import KeyRegister, load_secret
 from gateway.policy_register import PolicyRegister
+from replicas.client import Journaled
 from replicas.fake import FakeEngine, FakeSettings, fake_card
+from replicas.journal import Journal
 from replicas.protocol import (
     Chunk,
     EngineStats,
@@ -48,9 +50,11 @@ class Replica:
     server: ReplicaServer
 
     @classmethod
-    def start(cls, settings: FakeSettings, name: str, model: str = MODEL) -> Replica:
+    def start(cls, settings: FakeSettings, name: str, model: str = MODEL, journals: Path | None = None) -> Replica:
         engine = FakeEngine(settings, card=fake_card(settings, model))
-        server = ReplicaServer(engine, replica_id=name, incarnation=f"{name}-{time.monotonic_ns()}")
+        incarnation = f"{name}-{time.monotonic_ns()}"
+        journal = Journal(journals, incarnation) if journals else None
+        server = ReplicaServer(engine, replica_id=name, incarnation=incarnation, journal=journal)
         server.start()
         return cls(engine, server)
 
@@ -104,6 +108,12 @@ class ScriptedConnection:
         finally:
             self.in_flight -= 1
 
+    async def journal(self, gateway_id: str, timeout_s: float = 0.0) -> Journaled:
+        return Journaled((), ())
+
+    def acknowledge(self, request_ids: Collection[str], *, foreign: bool = False) -> None:
+        pass
+
     async def wait_closed(self) -> None:
         await self.closed.wait()
 
@@ -155,7 +165,8 @@ class Gateway:
         self.loop.call_soon_threadsafe(self.directory.publish, addresses)
 
     def add(self, settings: FakeSettings | None = None, name: str = "", model: str = MODEL) -> Replica:
-        replica = Replica.start(settings or FakeSettings(), name or f"r{len(self.replicas)}", model)
+        journals = Path(self.config.state_dir) / "journals"
+        replica = Replica.start(settings or FakeSettings(), name or f"r{len(self.replicas)}", model, journals)
         self.replicas.append(replica)
         self.publish()
         return replica

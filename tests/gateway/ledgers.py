@@ -13,9 +13,9 @@ from gateway.db.database import Database
 from gateway.ledger.entries import Spend
 from gateway.ledger.ledger import Ledger, LedgerSettings
 from gateway.ledger.usage import Standing, standings
+from load.postgres import shared
 from policies.budget import Account, Budget, Budgets, Price, Scope, Subject, Window
 from replicas.protocol import Usage
-from tests.gateway.postgres import shared
 
 BACKENDS = ("sqlite", "postgresql")
 ALICE = Subject("alice", "team", "model")

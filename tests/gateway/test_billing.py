@@ -18,8 +18,8 @@ import pytest
 from gateway.config import ServedModel
 from gateway.db.database import open_engine, reading
 from gateway.ledger import usage
+from load import postgres
 from replicas.fake import FakeSettings
-from tests.gateway import postgres
 from tests.gateway.conftest import Gateway, StartGateway, make_key, running
 
 PRICE = {"input": 1.0, "cached_input": 1.0, "output": 2.0}
@@ -136,6 +136,21 @@ def test_a_client_that_hangs_up_pays_for_what_it_saw(start: Start) -> None:
     assert 20 + 10 <= standing.spent_tokens < 20 + 200
 
 
+def test_a_client_that_hangs_up_pays_cached_tokens_as_such(start: Start) -> None:
+    gateway = start("budgets: [{key: test, tokens: 5000, window: hour}]", FakeSettings(tokens_per_s=100))
+    body = {**BODY, "prompt": list(range(64)), "max_tokens": 1000, "stream": True}
+    with gateway.http() as http:
+        http.post("/v1/completions", json={**body, "max_tokens": 1, "stream": False})
+        with http.stream("POST", "/v1/completions", json=body) as answer:
+            next(answer.iter_lines())
+    settled(gateway)
+    engine = open_engine(gateway.config.database_url)
+    with reading(engine).begin() as connection:
+        (total,) = usage.totals(connection)
+    engine.dispose()
+    assert (total.requests, total.prompt_tokens, total.cached_tokens) == (2, 128, 48)
+
+
 def test_what_no_replica_took_costs_nothing(start: Start) -> None:
     gateway = start("budgets: [{key: test, tokens: 5000, window: hour}]", FakeSettings(refuse_as_full=True))
     with gateway.http() as http:
@@ -159,6 +174,39 @@ def test_a_rate_limit_tells_where_one_stands_and_when_to_come_again(start: Start
         assert refused.headers["x-ratelimit-remaining-requests"] == "0"
         time.sleep(int(refused.headers["retry-after"]))
         assert http.post("/v1/completions", json={**BODY, "prompt": [7, *PROMPT]}).status_code == 200
+
+
+def test_everybody_who_waits_as_long_as_told_gets_in(start: Start) -> None:
+    """70 at once over two gateways, under newcomers who come all the time; identical bodies among them."""
+    gateway = start("rate_limits: [{key: test, requests_per_minute: 60}]")
+
+    async def caller(client: httpx.AsyncClient, number: int, url: str) -> list[int]:
+        body = {**BODY, "prompt": [number % 35 + 1, *PROMPT]}  # each body comes from two callers
+        first = await client.post(url, json=body, headers=gateway.headers)
+        if first.status_code == 200:
+            return [200]
+        await asyncio.sleep(int(first.headers["retry-after"]))
+        return [first.status_code, (await client.post(url, json=body, headers=gateway.headers)).status_code]
+
+    async def newcomers(client: httpx.AsyncClient, url: str) -> None:
+        for number in range(1000):
+            await client.post(url, json={**BODY, "prompt": [200, number]}, headers=gateway.headers)
+            await asyncio.sleep(0.1)
+
+    async def run(urls: list[str]) -> list[list[int]]:
+        async with httpx.AsyncClient(timeout=60, limits=httpx.Limits(max_connections=None)) as client:
+            callers = [asyncio.create_task(caller(client, number, urls[number % 2])) for number in range(70)]
+            await asyncio.sleep(0.5)
+            pressing = asyncio.create_task(newcomers(client, urls[0]))
+            answers = await asyncio.gather(*callers)
+            pressing.cancel()
+            return answers
+
+    with second(gateway) as other:
+        answers = asyncio.run(run([f"{one.base_url}/v1/completions" for one in (gateway, other)]))
+    waited = [answer for answer in answers if len(answer) > 1]
+    assert len(waited) >= 8
+    assert waited == [[429, 200]] * len(waited)
 
 
 def test_keys_do_not_share_what_is_each_ones_own(start: Start) -> None:

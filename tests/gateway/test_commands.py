@@ -15,7 +15,7 @@ from replicas.protocol import Chunk, ConfigError, InvalidRequest, ReplicaLost
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("SIGNALBOX_HOME", str(tmp_path))
-    for name in ("SIGNALBOX_KEY_SECRET", "SIGNALBOX_DATABASE", "SIGNALBOX_API_KEY", "OPENAI_API_KEY"):
+    for name in ("SIGNALBOX_KEY_SECRET", "SIGNALBOX_DATABASE", "DATABASE_URL", "SIGNALBOX_API_KEY", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
 

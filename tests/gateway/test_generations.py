@@ -20,11 +20,11 @@ from gateway.policy_errors import PolicyConflict, PublishRefused, UnknownGenerat
 from gateway.policy_follower import PolicyFollower
 from gateway.policy_register import PolicyRegister
 from gateway.proposals import Plan
+from load.postgres import Postgres, programs, running_postgres
 from policies import canary
 from policies.document import FleetNames, PolicyDocument
 from policies.yaml_text import DocumentError
 from replicas.protocol import ConfigError, InvalidRequest, Unavailable
-from tests.gateway.postgres import Postgres, programs, running_postgres
 
 NAMES = FleetNames(("small", "big"), ("tiny",))
 KEYS = [f"key_{number}" for number in range(200)]

@@ -20,7 +20,8 @@ from gateway.db.database import open_engine
 from gateway.ledger.transaction import Journaled
 from gateway.ledger.usage import totals
 from policies.budget import Window
-from replicas.journal import Outcome, read_folder
+from replicas.journal import read_folder
+from replicas.journal_records import Outcome
 from tests.gateway import ledger_worker
 from tests.gateway.ledger_worker import MOST, PROMPT, made
 from tests.gateway.ledgers import BACKENDS, accounts, new_database, running, spend, standing

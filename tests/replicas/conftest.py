@@ -19,12 +19,15 @@ from replicas.server import ReplicaServer, ServerLimits
 _numbers = itertools.count(1)
 
 
-def request(prompt: str = "hello", *, request_id: str = "", tenant: str = "", **sampling: Any) -> GenerateRequest:
+def request(
+    prompt: str = "hello", *, request_id: str = "", tenant: str = "", note: str = "", **sampling: Any
+) -> GenerateRequest:
     return GenerateRequest(
         request_id=request_id or f"r{next(_numbers)}",
         prompt_token_ids=tuple(prompt.encode()),
         sampling=SamplingParams(**sampling),
         tenant=tenant,
+        note=note,
     )
 
 

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from replicas.journal import Entry, Journal, JournalLimits, Outcome, read_folder
-from replicas.protocol import Usage
+from replicas.journal import Journal, JournalLimits, read_folder
+from replicas.journal_records import Entry, Outcome
+from replicas.protocol import Chunk, Timing, Usage
 
 USED = Usage(prompt_tokens=8, completion_tokens=5, cached_tokens=2)
 AT_ONCE = JournalLimits(progress_s=0.0)
@@ -44,7 +45,7 @@ def test_a_gateway_reads_its_own_until_it_acknowledges(tmp_path: Path) -> None:
     one(journal, "b")
     one(journal, "c", "other")
     assert journal.read("gw") == [finished("a"), finished("b")]
-    journal.acknowledge(["a", "never heard of"])
+    journal.acknowledge(["a", "never heard of", "a"])  # twice in one list once ended the engine's thread
     assert journal.read("gw") == [finished("b")]
     assert journal.read("other") == [finished("c", "other")]
     journal.close()
@@ -61,6 +62,22 @@ def test_an_aborted_request_has_what_it_had_made(tmp_path: Path) -> None:
     assert some.usage == Usage(prompt_tokens=8, completion_tokens=3)
     assert none.usage == Usage(prompt_tokens=0, completion_tokens=0)
     journal.close()
+
+
+def test_cached_tokens_are_known_from_the_first_token_on(tmp_path: Path) -> None:
+    dead = Journal(tmp_path, "r1", JournalLimits(bytes=150))
+    for id in ("aborted", "lost"):
+        dead.begin("gw", id, 8, "note")
+        timing = Timing(queued_s=0.0, prefill_s=0.0, cached_tokens=4)
+        dead.saw(Chunk(request_id=id, token_ids=(1,), timing=timing))
+        dead.flush()
+    dead.end("aborted")
+    dead.close()
+    heir = Journal(tmp_path, "r2")
+    assert {e.request_id: e.usage for e in heir.read("gw")} == dict.fromkeys(
+        ("aborted", "lost"), Usage(prompt_tokens=8, completion_tokens=1, cached_tokens=4)
+    )
+    heir.close()
 
 
 def test_running_requests_show_what_they_have_made_and_cannot_be_acknowledged(tmp_path: Path) -> None:
@@ -88,16 +105,38 @@ def test_the_next_journal_adopts_what_a_dead_one_left(tmp_path: Path) -> None:
     assert (half.outcome, half.completion_tokens) == (Outcome.LOST, 2)
     heir.acknowledge(["a", "half"])
     heir.close()
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["r2.journal"]
+    last = Journal(tmp_path, "r3")
+    assert last.owners("gw") == ("r3", "r1", "r2")
+    last.close()
+
+
+def test_a_journal_that_lost_something_does_not_claim_to_hold_everything(tmp_path: Path) -> None:
+    forgetful = Journal(tmp_path, "r1", JournalLimits(entries=1))
+    for id in "ab":
+        one(forgetful, id)
+    one(forgetful, "c", "other")
+    assert forgetful.owners("gw") == ()
+    forgetful.close()
+    heir = Journal(tmp_path, "r0")
+    assert heir.owners("gw") == ()
+    assert heir.owners("third") == ("r0", "r1")
+    heir.close()
+    with (tmp_path / "r0.journal").open("r+b") as file:
+        file.truncate((tmp_path / "r0.journal").stat().st_size - 1)
+    last = Journal(tmp_path, "r2")
+    assert last.owners("third") == ("r2", "r1"), "of a torn file nobody knows what was in it"
+    last.close()
 
 
 def test_a_living_journal_is_not_adopted(tmp_path: Path) -> None:
     first, second = Journal(tmp_path, "r1"), Journal(tmp_path, "r2")
     one(first, "a")
-    assert second.adopt() == 0
+    assert second.claim() == []
     assert second.read("gw") == []
     first.close()
-    assert second.adopt() == 1
+    assert second.inherit(second.claim()) == 1
+    assert second.owners("gw") == ("r2", "r1")
     assert second.read("gw") == [finished("a")]
     second.close()
 

@@ -25,7 +25,7 @@ def test_a_single_token_ends_what_it_began() -> None:
     assert phases.token(2.0, last=True) == Timing(queued_s=1.0, prefill_s=1.0)
 
 
-@pytest.mark.parametrize("timing", [None, Timing(queued_s=0.25, prefill_s=1e-9, decode_s=3600.0)])
+@pytest.mark.parametrize("timing", [None, Timing(queued_s=0.25, prefill_s=1e-9, decode_s=3600.0, cached_tokens=7)])
 def test_the_wire_keeps_it(timing: Timing | None) -> None:
     usage = Usage(prompt_tokens=1, completion_tokens=1)
     chunk = Chunk(request_id="r", token_ids=(1,), usage=usage, timing=timing)

@@ -1,4 +1,4 @@
-"""A real PostgreSQL server for tests, as root or not: one per process (`shared`), with a new database for each test.
+"""A real PostgreSQL server for checks and tests, as root or not: one per process (`shared`), a new database for each.
 
 The server's programs come from PATH, from Debian's folders or from the wheel `pgserver`. PostgreSQL refuses to run as
 root, so under root it runs as `nobody`, in a folder of its own directly under the temporary directory, because pytest's
@@ -24,8 +24,6 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import psycopg
-
 
 @dataclass(frozen=True)
 class Postgres:
@@ -36,7 +34,9 @@ class Postgres:
 
     def new_database(self) -> str:
         """The URL of an empty database."""
-        name = f"test_{uuid4().hex}"
+        import psycopg
+
+        name = f"signalbox_{uuid4().hex}"
         with psycopg.connect(host=str(self.folder), user="signalbox", dbname="postgres", autocommit=True) as connection:
             connection.execute(f'CREATE DATABASE "{name}"'.encode())
         return self.url(name)
@@ -103,14 +103,30 @@ def running_postgres(folder: Path | None = None) -> Iterator[Postgres]:
             os.chown(data, identity["user"], identity["group"])
         binaries = _runnable(folder or programs(), home, identity)
         environment = {"PATH": os.environ.get("PATH", ""), "LC_ALL": "C", "HOME": str(home)}
-        initdb = [binaries / "initdb", "-D", data, "-U", "signalbox", "-A", "trust", "-E", "UTF8", "--no-sync"]
+        initdb: list[str | Path] = [
+            binaries / "initdb",
+            "-D",
+            data,
+            "-U",
+            "signalbox",
+            "-A",
+            "trust",
+            "-E",
+            "UTF8",
+            "--no-sync",
+        ]
         made = subprocess.run(
             initdb, **identity, env=environment, cwd=home, check=False, capture_output=True, text=True
         )
         if made.returncode != 0:
             raise RuntimeError(f"initdb failed:\n{made.stderr}")
         options = ("listen_addresses=", f"unix_socket_directories={home}", "fsync=off", "max_connections=200")
-        command = [binaries / "postgres", "-D", data, *(part for option in options for part in ("-c", option))]
+        command: list[str | Path] = [
+            binaries / "postgres",
+            "-D",
+            data,
+            *(part for option in options for part in ("-c", option)),
+        ]
         with (home / "log").open("wb") as log:
             server = subprocess.Popen(command, **identity, env=environment, cwd=home, stdout=log, stderr=log)
         try:
@@ -137,6 +153,8 @@ def shared() -> Postgres:
 
 
 def _wait(server: subprocess.Popen[bytes], home: Path) -> None:
+    import psycopg
+
     deadline = time.monotonic() + 60
     while True:
         try:
