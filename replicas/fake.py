@@ -16,15 +16,16 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from tokenizers import Tokenizer
 
 from replicas.engine.deadlines import Deadlines, too_late
 from replicas.engine.detokenizer import Detokenizer
 from replicas.engine.phases import Phases
-from replicas.engine.waiting import OUTPUT_WEIGHT, Account, WaitingLine
+from replicas.engine.waiting import OUTPUT_WEIGHT, WaitingLine
 from replicas.fake_blocks import PrefixBlocks
+from replicas.fake_jobs import Job, Row
 from replicas.fake_settings import FakeSettings, fake_card
 from replicas.fake_text import byte_tokenizer, script
 from replicas.protocol import (
@@ -45,39 +46,6 @@ from replicas.protocol import (
 )
 
 __all__ = ["FakeEngine", "FakeSettings", "fake_card"]
-
-
-@dataclass(slots=True, eq=False)
-class _Job:
-    """A request on its way. hashes: full blocks of its prompt; row_blocks: further ones of each choice.
-
-    It waits as long as it has no rows.
-    """
-
-    request: GenerateRequest
-    phases: Phases
-    root: bytes
-    hashes: list[bytes]
-    row_blocks: int
-    uncached: int
-    cached: int = 0
-    completed: int = 0
-    came: float = 0.0
-    ready_at: float = 0.0
-    account: Account = field(default_factory=Account)
-    rows: list[_Row] = field(default_factory=list)
-
-
-@dataclass(slots=True, eq=False)
-class _Row:
-    """One choice; its next token is piece `position` of the script and falls due at `due`."""
-
-    job: _Job
-    index: int
-    position: int
-    due: float
-    text: Detokenizer
-    tokens: list[int] = field(default_factory=list)
 
 
 class FakeEngine:
@@ -103,11 +71,12 @@ class FakeEngine:
         self._script = script(tokenizer or byte_tokenizer())
         self._bytes = dict(zip(self._script.token_ids, self._script.pieces, strict=True))
         self._limits = settings.line_limits
-        self._waiting: WaitingLine[_Job] = WaitingLine(self._limits)
+        self._waiting: WaitingLine[Job] = WaitingLine(self._limits)
         self._deadlines = Deadlines()
-        self._jobs: dict[str, _Job] = {}
-        self._rows: list[_Row] = []
+        self._jobs: dict[str, Job] = {}
+        self._rows: list[Row] = []
         self._blocks = PrefixBlocks(settings.num_blocks, settings.block_size)
+        self._computing: list[Job] = []  # prompts, in the order of ready_at
         self._prefill_free_at = self._released_at = 0.0
         self._prompt_tokens = self._generation_tokens = self._steps = 0
         self._queries = self._hits = 0
@@ -131,7 +100,7 @@ class FakeEngine:
         hashes = self._blocks.chain(root, prompt)
         total = -(-(len(prompt) + request.sampling.max_tokens) // settings.block_size)
         uncached = len(prompt) - self._cached_tokens(prompt, hashes)
-        job = _Job(request, Phases(now), root, hashes, total - len(hashes), uncached, came=now)
+        job = Job(request, Phases(now), root, hashes, total - len(hashes), uncached, came=now)
         if len(hashes) + request.sampling.n * job.row_blocks > settings.num_blocks:
             raise ContextLengthExceeded(
                 f"the request needs more than the {settings.num_blocks} KV blocks there are", param="max_tokens"
@@ -169,7 +138,7 @@ class FakeEngine:
         self._end(job)
         return True
 
-    def _end(self, job: _Job) -> None:
+    def _end(self, job: Job) -> None:
         """Before its time, wherever it is."""
         if self._waiting.remove(job):
             del self._jobs[job.request.request_id]
@@ -185,7 +154,7 @@ class FakeEngine:
         instants = [row.due for row in self._rows]
         head = self._waiting.head(now)
         if head is not None and self._fits(head, now):
-            instants.append(self._prefill_free_at)
+            instants.append(self._turn_of(head, now))
         if (deadline := self._deadlines.next()) is not None:
             instants.append(deadline)
         return max(min(instants, default=0.0) - now, 0.0)
@@ -196,11 +165,13 @@ class FakeEngine:
         for request_id in late:
             self._end(self._jobs[request_id])
         # Prompts are computed one after another, so the next one starts, and is chosen, when the last one is done.
-        while (job := self._waiting.head(now)) is not None and self._prefill_free_at <= now:
+        while (job := self._waiting.head(now)) is not None and self._turn_of(job, now) <= now:
             if self._is_hopeless(job, now):
                 late.append(job.request.request_id)
                 self._end(job)
-            elif self._fits(job, now):
+                continue
+            self._make_way(job, now)
+            if self._fits(job, now):
                 self._waiting.take(job, now, job.request.sampling.n)
                 self._start(job, now)
             else:
@@ -219,16 +190,46 @@ class FakeEngine:
         size = self.settings.block_size
         return self._blocks.num_cached(hashes[: (len(prompt) - 1) // size]) * size
 
-    def _fits(self, job: _Job, now: float) -> bool:
+    def _fits(self, job: Job, now: float) -> bool:
         n, seats, blocks = job.request.sampling.n, self.settings.max_num_seqs, 0
-        if self._waiting.shared(now) and 0 < job.account.seats >= max(
-            (r.job.account.seats for r in self._rows), default=0
-        ):
+        if self._floods(job, now):
             seats -= self._limits.reserved(seats)
             blocks = self._limits.reserved(self.settings.num_blocks)
         return len(self._rows) + n <= seats and self._blocks.can_acquire(job.hashes, n * job.row_blocks + blocks)
 
-    def _is_hopeless(self, job: _Job, now: float) -> bool:
+    def _floods(self, job: Job, now: float) -> bool:
+        return self._waiting.shared(now) and self._waiting.floods(job.account, now)
+
+    def _turn_of(self, job: Job, now: float) -> float:
+        """When the prompt of `job` may be begun: one of a key that floods is interrupted for those of others."""
+        self._computing = [one for one in self._computing if one.ready_at > now]
+        ahead = [one.ready_at for one in self._computing if not self._floods(one, now)]
+        if len(ahead) == len(self._computing) or self._floods(job, now):
+            return self._prefill_free_at
+        return max(ahead, default=0.0)
+
+    def _make_way(self, head: Job, now: float) -> None:
+        """Where `head` does not fit, the youngest of a key that floods leave their places to it, as in the engine."""
+        if not self._waiting.shared(now) or self._floods(head, now):
+            return
+        running = (job for job in reversed(self._jobs.values()) if job.rows)
+        for job in [job for job in running if job.account.cost > head.account.cost and self._floods(job, now)]:
+            if self._fits(head, now):
+                return
+            if job.account.priority >= head.account.priority:
+                self._park(job, now)
+
+    def _park(self, job: Job, now: float) -> None:
+        job.parked = job.rows.copy()
+        for row in job.parked:
+            self._release_row(row)
+        job.rows.clear()
+        self._blocks.release(job.hashes)
+        if job in self._computing:
+            self._computing.remove(job)
+        self._waiting.put_back(job, now)
+
+    def _is_hopeless(self, job: Job, now: float) -> bool:
         """Whether it would be too late even if nothing else ran from here on."""
         deadline, settings = self._deadlines.get(job.request.request_id), self.settings
         if deadline is None:
@@ -239,35 +240,53 @@ class FakeEngine:
         needed += later / settings.tokens_per_s if settings.tokens_per_s else 0.0
         return now + needed > deadline
 
-    def _start(self, job: _Job, now: float) -> None:
+    def _start(self, job: Job, now: float) -> None:
         request, sampling = job.request, job.request.sampling
         prompt = request.prompt_token_ids
-        job.cached = self._cached_tokens(prompt, job.hashes)
-        job.uncached = len(prompt) - job.cached
-        self._blocks.acquire(job.root, job.hashes, sampling.n * job.row_blocks)
-        rate = self.settings.prefill_tokens_per_s
+        cached = self._cached_tokens(prompt, job.hashes)
+        job.uncached = len(prompt) - cached
         # A step that is late does not make the time-table late, unless what the job waited for was a place.
-        begin = min(now, max(self._prefill_free_at, self._released_at, job.came))
-        job.account.cost += job.uncached
-        job.phases.scheduled(begin)
-        job.ready_at = self._prefill_free_at = begin + (job.uncached / rate if rate else 0.0)
-        for index in range(sampling.n):
-            salt = (sampling.seed or 0, index) if sampling.temperature > 0 else ()
-            start = self._script.start(prompt, salt)
-            job.rows.append(_Row(job, index, start, job.ready_at, Detokenizer(sampling.stop)))
+        begin = min(now, max(self._turn_of(job, now), self._released_at, job.came))
+        self._blocks.acquire(job.root, job.hashes, sampling.n * job.row_blocks)
+        self._waiting.charge(job.account, job.uncached, now)
+        self._compute(job, begin)
+        if job.parked:
+            job.rows, job.parked = job.parked, []
+            for row in job.rows:
+                row.due = job.ready_at
+        else:
+            job.cached = cached
+            job.phases.scheduled(begin)
+            for index in range(sampling.n):
+                salt = (sampling.seed or 0, index) if sampling.temperature > 0 else ()
+                start = self._script.start(prompt, salt)
+                job.rows.append(Row(job, index, start, job.ready_at, Detokenizer(sampling.stop)))
+            self._prompt_tokens += len(prompt)
+            self._queries += len(prompt)
+            self._hits += job.cached
         self._rows += job.rows
-        self._prompt_tokens += len(prompt)
-        self._queries += len(prompt)
-        self._hits += job.cached
 
-    def _emit(self, row: _Row) -> Chunk:
+    def _compute(self, job: Job, begin: float) -> None:
+        """The prompt's place in the time-table; those that it interrupts are ready so much later."""
+        rate = self.settings.prefill_tokens_per_s
+        seconds = job.uncached / rate if rate else 0.0
+        interrupted = [one for one in self._computing if one.ready_at > begin] if begin < self._prefill_free_at else []
+        for one in interrupted:
+            one.ready_at += seconds
+            for row in one.rows:
+                row.due += seconds
+        job.ready_at = begin + seconds
+        self._prefill_free_at = max(self._prefill_free_at + seconds, job.ready_at) if interrupted else job.ready_at
+        self._computing.append(job)
+
+    def _emit(self, row: Row) -> Chunk:
         """The next token of one choice, with all that follows from it."""
         job, settings = row.job, self.settings
         request_id, sampling = job.request.request_id, job.request.sampling
         token, text, finish = self._next(row)
         row.tokens.append(token)
         job.completed += 1
-        job.account.cost += OUTPUT_WEIGHT
+        self._waiting.charge(job.account, OUTPUT_WEIGHT, self._clock())
         self._generation_tokens += 1
         if self._tally >= 0:
             os.write(self._tally, f"{request_id}\n".encode())
@@ -291,7 +310,7 @@ class FakeEngine:
             timing=job.phases.token(self._clock(), last=usage is not None, cached=job.cached),
         )
 
-    def _next(self, row: _Row) -> tuple[int, str, FinishReason | None]:
+    def _next(self, row: Row) -> tuple[int, str, FinishReason | None]:
         sampling, length = row.job.request.sampling, len(row.tokens) + 1
         may_stop = length >= sampling.min_tokens
         ends = self.settings.reply_tokens is not None and length >= self.settings.reply_tokens
@@ -304,7 +323,7 @@ class FakeEngine:
         text, stopped = row.text.push(piece, check_stop=may_stop)
         return token, text, FinishReason.STOP if stopped else None
 
-    def _logprobs(self, row: _Row, token: int) -> tuple[TokenLogprob, ...]:
+    def _logprobs(self, row: Row, token: int) -> tuple[TokenLogprob, ...]:
         wanted, logprob = row.job.request.sampling.logprobs, self.settings.logprob
         if wanted is None or logprob is None:
             return ()
@@ -320,7 +339,7 @@ class FakeEngine:
         if tokens == settings.raise_after_tokens:
             raise RuntimeError("the fake engine was told to break here")
 
-    def _finish(self, row: _Row) -> Usage | None:
+    def _finish(self, row: Row) -> Usage | None:
         """Take a choice out; the request's usage if it was the last."""
         job = row.job
         self._release_row(row)
@@ -331,13 +350,13 @@ class FakeEngine:
         prompt_tokens = len(job.request.prompt_token_ids)
         return Usage(prompt_tokens=prompt_tokens, completion_tokens=job.completed, cached_tokens=job.cached)
 
-    def _drop(self, job: _Job) -> None:
+    def _drop(self, job: Job) -> None:
         for row in job.rows:
             self._release_row(row)
         job.rows.clear()
         self._forget(job)
 
-    def _release_row(self, row: _Row) -> None:
+    def _release_row(self, row: Row) -> None:
         job, size = row.job, self.settings.block_size
         tail = job.request.prompt_token_ids[len(job.hashes) * size :]
         parent = job.hashes[-1] if job.hashes else job.root
@@ -348,7 +367,7 @@ class FakeEngine:
         self._released_at = self._clock()
         self._rows.remove(row)
 
-    def _forget(self, job: _Job) -> None:
+    def _forget(self, job: Job) -> None:
         self._blocks.release(job.hashes)
         self._released_at = self._clock()
         self._deadlines.discard(job.request.request_id)

@@ -26,9 +26,13 @@ RULES: dict[str, tuple[set[str], set[str]]] = {  # module: (anywhere, inside fun
     ),
     "replicas.engine.scheduler": (
         {"replicas.protocol"}
-        | {f"replicas.engine.{name}" for name in ("blocks", "deadlines", "pace", "phases", "sequence", "waiting")},
+        | {
+            f"replicas.engine.{name}"
+            for name in ("blocks", "deadlines", "pace", "phases", "sequence", "turn", "waiting")
+        },
         set(),
     ),
+    "replicas.engine.turn": ({f"replicas.engine.{name}" for name in ("pace", "sequence", "waiting")}, set()),
     "replicas.engine.waiting": ({"replicas.protocol"}, set()),
     "replicas.engine.deadlines": ({"replicas.protocol"}, set()),
     "replicas.engine.pace": (set(), set()),

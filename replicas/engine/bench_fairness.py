@@ -1,10 +1,10 @@
 """What one key's flood does to the others: the real scheduler and block pool, in virtual time.
 
-    python -m replicas.engine.bench_fairness --keys 8 --load 0.9 --flood 10
+    python -m replicas.engine.bench_fairness --keys 2 4 8 --load 0.5 0.7 0.9 0.95 --flood 10
 
 Every key sends at random instants (Poisson), each at an equal part of `--load` times what the engine can do. Then all
-over again with the first key sending `--flood` times its part. A step costs what a 135M-parameter model costs on
-two AVX2 cores; no model is run.
+over again with the first key sending `--flood` times its part, and once more with nobody but that key. A step costs
+what a 135M-parameter model costs on two AVX2 cores; no model is run.
 """
 
 from __future__ import annotations
@@ -153,31 +153,44 @@ def capacity(one: Traffic, seqs: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--keys", type=int, default=8)
-    parser.add_argument("--load", type=float, default=0.9, help="of all keys together, at their shares")
+    parser.add_argument("--keys", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument(
+        "--load", type=float, nargs="+", default=[0.5, 0.9], help="of all keys together, at their shares"
+    )
     parser.add_argument("--flood", type=float, default=10.0, help="times its share that the first key sends")
-    parser.add_argument("--seconds", type=float, default=600.0, help="virtual")
+    parser.add_argument("--seconds", type=float, default=400.0, help="virtual")
     parser.add_argument("--prompt-tokens", type=int, default=120)
     parser.add_argument("--output-tokens", type=int, default=60)
     parser.add_argument("--max-num-seqs", type=int, default=32)
     parser.add_argument("--fair-reserve", type=float, default=LineLimits().fair_reserve)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
-    sizes = {"prompt_tokens": args.prompt_tokens, "output_tokens": args.output_tokens}
-    share = capacity(Traffic(per_s=1.0, **sizes), args.max_num_seqs) * args.load / args.keys
-    calm = {f"key-{i}": Traffic(per_s=share, **sizes) for i in range(args.keys)}
-    flooded = {**calm, "key-0": Traffic(per_s=share * args.flood, **sizes)}
+    print("p95 time to first token of the other keys, virtual seconds; tokens/s of the key that floods")
+    print("keys  load    calm   flood  ratio   first come first served   flood's tokens/s beside others, alone")
+    for keys in args.keys:
+        for load in args.load:
+            print(_row(args, keys, load), flush=True)
 
-    def others_p95(traffic: Mapping[str, Traffic], *, blind: bool = False) -> float:
+
+def _row(args: argparse.Namespace, keys: int, load: float) -> str:
+    sizes = {"prompt_tokens": args.prompt_tokens, "output_tokens": args.output_tokens}
+    share = capacity(Traffic(per_s=1.0, **sizes), args.max_num_seqs) * load / keys
+    calm = {f"key-{i}": Traffic(per_s=share, **sizes) for i in range(keys)}
+    flood = Traffic(per_s=share * args.flood, **sizes)
+
+    def run(traffic: Mapping[str, Traffic], *, blind: bool = False) -> tuple[float, float]:
+        """p95 of the others; tokens/s of the first key until everything has ended."""
         world = World(LineLimits(fair_reserve=args.fair_reserve), args.max_num_seqs)
         seen = world.run(traffic, args.seconds, args.seed, blind=blind)
-        return Seen([ttft for key, one in seen.items() if key != "key-0" for ttft in one.ttft_s]).p95()
+        others = [ttft for key, one in seen.items() if key != "key-0" for ttft in one.ttft_s]
+        return Seen(others).p95(), seen["key-0"].tokens / world.now
 
-    before, after, blind = others_p95(calm), others_p95(flooded), others_p95(flooded, blind=True)
-    print(f"p95 time to first token of the {args.keys - 1} other keys, virtual seconds")
-    print(f"  all at their shares, load {args.load:g}      {before:8.2f}")
-    print(f"  one at {args.flood:g} times its share           {after:8.2f}   {after / before:.2f} times")
-    print(f"  the same, served first come first     {blind:8.2f}   {blind / before:.2f} times")
+    (before, _), (after, beside) = run(calm), run({**calm, "key-0": flood})
+    blind, alone = run({**calm, "key-0": flood}, blind=True)[0], run({"key-0": flood})[1]
+    return (
+        f"{keys:4}  {load:4.2f}  {before:6.2f}  {after:6.2f}  {after / before:4.2f}x"
+        f"  {blind:9.2f} {blind / before:8.2f}x     {beside:17.0f} {alone:12.0f}"
+    )
 
 
 if __name__ == "__main__":

@@ -33,6 +33,10 @@ class Pace:
         steps = -(-tokens // budget)
         return max(steps * self.least_step_s, tokens * self.least_token_s) + (outputs - 1) * self.least_step_s
 
+    def tokens_of_a_step(self, least: int) -> int:
+        """Prompt tokens that take as long as the shortest step did, `least` at the least."""
+        return max(least, int(self.least_step_s / self.least_token_s)) if self.least_token_s else least
+
     def seats_that_pay(self, share: float, most: int) -> int:
         """How many sequences at once bring `share` of the tokens a second that any number could; at most `most`.
 

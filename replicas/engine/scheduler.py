@@ -18,12 +18,9 @@ from replicas.engine.blocks import BlockPool
 from replicas.engine.deadlines import Deadlines, too_late
 from replicas.engine.pace import Pace
 from replicas.engine.sequence import Group, Sequence
+from replicas.engine.turn import Turn, take_turns
 from replicas.engine.waiting import OUTPUT_WEIGHT, LineLimits, WaitingLine
 from replicas.protocol import GenerateRequest
-
-# While a key that has had less waits for a first token, so many of the others decode along as bring this share of the
-# tokens a second that any number could: on a GPU all of them, on a CPU few, where each makes the step longer.
-_ALONG = 0.5
 
 
 @dataclass(slots=True)
@@ -105,69 +102,72 @@ class Scheduler:
     # ---------------------------------------------------------------- the step
 
     def schedule(self) -> Step:
-        step = Step()
-        self._make_way(step)
+        step, now = Step(), self.clock()
+        self._make_way(step, now)
         gone = len(step.preempted)
-        paused = self._paused() if self.waiting else set()
-        budget = self._extend_running(step, self.max_num_batched_tokens, paused)
+        head = self.waiting.head(now)
+        if head is not None and not self._could_admit(head):
+            head = None
+        turn = take_turns(self.running, head, self.waiting, self._pace, self.max_num_batched_tokens, now)
+        budget = self._extend_running(step, self.max_num_batched_tokens, turn)
         if len(step.preempted) == gone:  # else the victim's blocks would go straight back to it
-            self._admit_waiting(step, budget)
-        if not step.items and paused:  # whom they stood back for turned out to be hopeless
-            self._extend_running(step, self.max_num_batched_tokens, set())
+            self._admit_waiting(step, budget, turn)
+        if not step.items and turn.paused:  # whom they stood back for turned out to be hopeless
+            self._extend_running(step, self.max_num_batched_tokens, Turn())
         return step
 
-    def _paused(self) -> set[Sequence]:
-        """Those who stand back in this step, so that a key that has had less comes to its first token sooner."""
-        now = self.clock()
-        head = self.waiting.head(now)
-        if head is None or self.waiting.in_front(head) or not self.waiting.shared(now) or not self._could_admit(head):
-            return set()
-        first, mine = head.account, head.account.cost
-        more = [s for s in self.running if s.account.cost > mine and s.account.priority >= first.priority]
-        return set(more[self._pace.seats_that_pay(_ALONG, len(more)) :])
-
     def _could_admit(self, seq: Sequence) -> bool:
+        if len(self.running) >= self.max_num_seqs:
+            return False
         needed = -(-seq.num_tokens // self.pool.block_size)
-        return len(self.running) < self.max_num_seqs and needed <= self.pool.num_free - self.watermark_blocks
+        room = self.pool.num_free - self.watermark_blocks
+        return needed <= room or needed - len(self._hits(seq)) <= room
 
-    def _make_way(self, step: Step) -> None:
-        """Where all seats are taken, the youngest of the key with the most leaves one to a key with fewer.
+    def _make_way(self, step: Step, now: float) -> None:
+        """Where seats or blocks are wanting, the youngest of a key that floods leaves its own to one that does not.
 
         It goes back to the head of its own line, and to its blocks, if nobody needed them meanwhile. One a step, and
         before anything is put into the step: what a step holds is never taken back.
         """
-        if len(self.running) < self.max_num_seqs or not self.waiting:
-            return
-        now = self.clock()
         head = self.waiting.head(now)
-        if head is None or self.waiting.in_front(head):
+        if head is None or self.waiting.in_front(head) or not self.waiting.shared(now) or self._could_admit(head):
             return
-        most = max(head.account.seats + 2, self._most_seats())
+        if self.waiting.floods(head.account, now):
+            return
         for seq in reversed(self.running):
-            if seq.account.seats >= most and seq.account.priority >= head.account.priority:
-                self.running.remove(seq)
-                self._give_up_place(seq, step)
-                self.waiting.put_back(seq, now)
-                return
+            account = seq.account
+            if account.priority >= head.account.priority and account.cost > head.account.cost:
+                if self.waiting.floods(account, now):
+                    self._stand_down(seq, step, now)
+                    return
 
-    def _extend_running(self, step: Step, budget: int, paused: set[Sequence]) -> int:
+    def _stand_down(self, seq: Sequence, step: Step, now: float) -> None:
+        self.running.remove(seq)
+        self._give_up_place(seq, step)
+        self.waiting.put_back(seq, now)
+
+    def _extend_running(self, step: Step, budget: int, turn: Turn) -> int:
+        now = self.clock()
         i = 0
         while i < len(self.running) and budget > 0:
             seq = self.running[i]
-            if seq in paused:
+            lacking = min(seq.num_tokens - seq.num_computed, budget)
+            allowed = turn.limit(seq, lacking)
+            if allowed == 0:
                 i += 1
                 continue
-            count = self._count(seq, budget, behind=len(self.running) - i - 1)
+            turn.spend(seq, allowed)
+            count = self._count(seq, budget, behind=len(self.running) - i - 1) if allowed == lacking else allowed
             while not self._can_extend(seq, count):
                 if seq.drafts:  # a guess is never worth somebody's place
                     count, seq.drafts = count - len(seq.drafts), []
                     continue
-                # Victims come from the end of the list, so nothing that this step already holds is ever taken back.
+                # Victims come from behind, so nothing that this step already holds is ever taken back.
                 if self._reclaim_from_waiting(keep=seq):
                     continue
-                if self._preempt_youngest(step) is seq:
+                if self._preempt(step, i, turn, now) is seq:
                     return budget
-            self._extend(step, seq, count)
+            self._extend(step, seq, count, now)
             budget -= count
             i += 1
         return budget
@@ -179,34 +179,31 @@ class Scheduler:
             del seq.drafts[max(budget - lacking - behind, 0) :]
         return min(lacking + len(seq.drafts), budget)
 
-    def _admit_waiting(self, step: Step, budget: int) -> None:
+    def _admit_waiting(self, step: Step, budget: int, turn: Turn) -> None:
         now = self.clock() if self.waiting else 0.0
         while budget > 0 and (seq := self.waiting.head(now)) is not None:
+            in_front = self.waiting.in_front(seq)
+            greedy = not in_front and self.waiting.floods(seq.account, now)
+            if greedy and turn.closed and step.items:
+                return
             if self._is_hopeless(seq, now):
                 self.waiting.remove(seq)
                 step.hopeless.append(seq)
                 continue
-            greedy = self._is_greedy(seq, now)
             if len(self.running) >= self.max_num_seqs - (self._reserved_seats if greedy else 0):
                 return
-            if not self._allocate_prompt(seq, self._reserved_blocks if greedy else 0):
+            if turn.limit(seq, budget) == 0:
+                return
+            if not self._allocate_prompt(seq, self._reserved_blocks if greedy else 0, now):
                 if self.running or not self._reclaim_from_waiting(keep=seq):
                     return
                 continue
             self.waiting.take(seq, now)
             self.running.append(seq)
-            count = min(seq.num_tokens - seq.num_computed, budget)
-            self._extend(step, seq, count)
+            count = turn.limit(seq, min(seq.num_tokens - seq.num_computed, budget))
+            self._extend(step, seq, count, now)
+            turn.spend(seq, count)
             budget -= count
-
-    def _is_greedy(self, seq: Sequence, now: float) -> bool:
-        """Whether `seq` is of the key that runs on the most seats while others may come: the reserve is not for it."""
-        if self.waiting.in_front(seq) or not self.waiting.shared(now):
-            return False
-        return 0 < seq.account.seats >= self._most_seats()
-
-    def _most_seats(self) -> int:
-        return max((seq.account.seats for seq in self.running), default=0)
 
     def _is_hopeless(self, seq: Sequence, now: float) -> bool:
         """Whether `seq` would be too late even if every step to come were as fast as the fastest so far.
@@ -231,7 +228,7 @@ class Scheduler:
         usable = (seq.num_tokens - 1) // self.pool.block_size
         return self.pool.match(seq.root, seq.extend_hashes(self.pool.block_size)[:usable], seq.tokens)
 
-    def _allocate_prompt(self, seq: Sequence, reserved: int) -> bool:
+    def _allocate_prompt(self, seq: Sequence, reserved: int, now: float) -> bool:
         """All blocks that `seq` needs to compute its known tokens, cached ones first; False leaves all as it was."""
         size = self.pool.block_size
         hits = self._hits(seq) if not seq.blocks and self.pool.enable_prefix_caching else []
@@ -248,13 +245,13 @@ class Scheduler:
             seq.admitted = True
             seq.num_cached = seq.num_computed
             seq.queued_tokens = seq.num_tokens - seq.num_computed  # more may be cached now than when it was added
-            seq.account.cost += seq.queued_tokens
+            self.waiting.charge(seq.account, seq.queued_tokens, now)
             if seq.index == 0:
                 self.prefix_queries += seq.num_tokens
                 self.prefix_hits += seq.num_cached
         return True
 
-    def _extend(self, step: Step, seq: Sequence, count: int) -> None:
+    def _extend(self, step: Step, seq: Sequence, count: int, now: float) -> None:
         """Put `count` tokens of `seq` into the step: blocks for them, private ones where they write."""
         size = self.pool.block_size
         missing = -(-(seq.num_computed + count) // size) - len(seq.blocks)
@@ -270,7 +267,7 @@ class Scheduler:
             seq.dirty_from = min(seq.dirty_from, first)
         step.items.append((seq, count))
         if seq.logits_wanted(count):
-            seq.account.cost += OUTPUT_WEIGHT  # computing one's last token brings the next
+            self.waiting.charge(seq.account, OUTPUT_WEIGHT, now)  # computing one's last token brings the next
         if seq.num_computed + 1 < seq.num_tokens:
             step.num_prefill_tokens += count
         self._store_full_blocks(seq, min(seq.num_computed + count, seq.num_tokens))
@@ -300,7 +297,12 @@ class Scheduler:
 
     # ---------------------------------------------------------------- giving back
 
-    def _preempt_youngest(self, step: Step) -> Sequence:
+    def _preempt(self, step: Step, first: int, turn: Turn, now: float) -> Sequence:
+        """The youngest of a key that floods, else the youngest, of running[first:], gives up its place."""
+        for victim in reversed(self.running[first:]):
+            if victim.account in turn.flooding:
+                self._stand_down(victim, step, now)
+                return victim
         victim = self.running.pop()
         self._give_up_place(victim, step)
         self.waiting.push_front(victim)

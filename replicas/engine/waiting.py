@@ -14,6 +14,10 @@ further apart than what all that run at once can cost.
 Priorities are head starts: each rank is worth `priority_aging_s` of waiting, so that a lower class comes late but is
 never starved (None: strictly by rank, as vLLM does, and then it can be).
 
+A key *floods* while what it had lately (in about a quarter of a minute) and what it has waiting is more than twice what
+the others had and have on the average. That tells one that sends ten times its share within a second or two, and hardly
+ever one that keeps to it; what is done about it, `turn` says.
+
 A key may hold four times the places that are left: 4/5 of the line when it is alone (dynamic thresholds: Choudhury and
 Hahne, IEEE/ACM Transactions on Networking 6(2), 1998), so one that floods is refused while others still get in.
 """
@@ -40,6 +44,8 @@ OUTPUT_WEIGHT = 2.0
 
 _GREED = 4  # a key may hold this many times the places that are left
 _LATELY_S = 60.0  # how long a key that is silent counts as somebody who may come, and keeps what it did not use
+_USED_S = 15.0  # time constant of what an account had lately
+_FLOOD = 2.0  # a key floods that wants more than so many times the others' average
 _SAMPLE_S = 1.0  # of a line that is never empty, to measure how fast it moves
 _IDLE_ACCOUNTS = 1024  # that are remembered although nothing of theirs waits or runs
 
@@ -73,17 +79,29 @@ class LineLimits:
 class Account:
     """One key within one priority. cost: what its requests have cost so far. seats: how much of it runs.
 
-    line: its waiting requests, oldest first, with the instant each came and its prompt tokens.
+    used: of that what is recent, fading with _USED_S, as of used_at.
+    line: its waiting requests, oldest first, with the instant each came and its prompt tokens; tokens: their sum.
     listed: it has an entry in its class's heap. promised: until when refused requests were told to stay away.
     """
 
     priority: int = 0
     key: str = ""
     cost: float = 0.0
+    used: float = 0.0
+    used_at: float = 0.0
     seats: int = 0
+    tokens: int = 0
     line: OrderedDict[Any, tuple[float, int]] = field(default_factory=OrderedDict)
     listed: bool = False
     promised: float = 0.0
+
+    def charge(self, cost: float, now: float) -> None:
+        self.cost += cost
+        self.used = self.used_lately(now) + cost
+        self.used_at = now
+
+    def used_lately(self, now: float) -> float:
+        return self.used * math.exp((self.used_at - now) / _USED_S) if self.used else 0.0
 
 
 class Waiter(Protocol):
@@ -133,6 +151,7 @@ class WaitingLine(Generic[W]):
         self._recent: OrderedDict[str, float] = OrderedDict()
         self._numbers = itertools.count()
         self._waiting = 0  # in lines, not in front
+        self._everybody = Account()  # what all had together
         self._lines = 0  # that are not empty
         self._sweep_at = 2 * _IDLE_ACCOUNTS
         self._rate = 0.0
@@ -176,6 +195,7 @@ class WaitingLine(Generic[W]):
         if self._waiting == 0:
             self._sampled_from, self._sampled = now, 0
         account.line[item] = now, tokens
+        account.tokens += tokens
         self._waiting += 1
         self.tokens += tokens
         self._list(account)
@@ -274,11 +294,28 @@ class WaitingLine(Generic[W]):
             self._recent.popitem(last=False)
         return len(self._recent) > 1
 
+    def charge(self, account: Account, cost: float, now: float) -> None:
+        """What a request of `account` cost, in computed prompt tokens."""
+        account.charge(cost, now)
+        self._everybody.charge(cost, now)
+
+    def floods(self, account: Account, now: float) -> bool:
+        """Whether the key wants more than _FLOOD times what the others want on the average, and has had more than an
+        equal part lately, so that nobody is held below that. Never with one request."""
+        others = len(self._recent) - 1
+        if others < 1 or account.seats + len(account.line) < 2:
+            return False
+        mine, everybody = account.used_lately(now), self._everybody.used_lately(now)
+        if mine * (others + 1) <= everybody:
+            return False
+        return (mine + account.tokens) * (others + _FLOOD) > _FLOOD * (everybody + self.tokens)
+
     # ---------------------------------------------------------------- inside
 
     def _leave_line(self, item: W) -> None:
         account = item.account
         _, tokens = account.line.pop(item)
+        account.tokens -= tokens
         self._waiting -= 1
         self.tokens -= tokens
         self._lines -= not account.line
