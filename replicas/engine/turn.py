@@ -21,7 +21,7 @@ from replicas.engine.pace import Pace
 from replicas.engine.sequence import Sequence
 from replicas.engine.waiting import Account, WaitingLine
 
-_ALONG = 0.85  # of the tokens a second that any number of sequences could bring: how many may run beside others
+_ALONG = 0.88  # of the tokens a second that any number of sequences could bring: how many may run beside others
 _LEAST_PROMPT_TOKENS = 32  # of flooding keys in one step: fewer cost more in steps than they save
 
 

@@ -300,15 +300,12 @@ class WaitingLine(Generic[W]):
         self._everybody.charge(cost, now)
 
     def floods(self, account: Account, now: float) -> bool:
-        """Whether the key wants more than _FLOOD times what the others want on the average, and has had more than an
-        equal part lately, so that nobody is held below that. Never with one request."""
+        """Whether the key wants more than _FLOOD times what the others want on the average. Never with one request."""
         others = len(self._recent) - 1
         if others < 1 or account.seats + len(account.line) < 2:
             return False
-        mine, everybody = account.used_lately(now), self._everybody.used_lately(now)
-        if mine * (others + 1) <= everybody:
-            return False
-        return (mine + account.tokens) * (others + _FLOOD) > _FLOOD * (everybody + self.tokens)
+        mine = account.used_lately(now) + account.tokens
+        return mine * (others + _FLOOD) > _FLOOD * (self._everybody.used_lately(now) + self.tokens)
 
     # ---------------------------------------------------------------- inside
 
