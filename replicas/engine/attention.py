@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from replicas.engine import flash, native
-from replicas.engine.backend import NOT_BUILT_YET, native_obstacle, pick
+from replicas.engine.backend import native_obstacle, pick
 from replicas.engine.batch import StepBatch
 from replicas.engine.kv_format import KVFormat
 from replicas.engine.kv_format import LayerCache as LayerCache
@@ -94,11 +94,10 @@ def obstacles(
 ) -> dict[str, str]:
     """Every backend, best first for this device, with why it cannot be used or "". `kv`: how keys and values are kept,
     None for `dtype`."""
-    scaled = kv is not None and kv.scaled
     found = {
         "flash_attn": flash.obstacle(flash.installed(), flash.wanted(device, dtype, head_dim, block_size, kv)),
         "triton": triton_device.obstacle(device, dtype) or triton_attention.obstacle(block_size),
-        "native": NOT_BUILT_YET if scaled else native_obstacle(device, dtype),
+        "native": native_obstacle(device, dtype),
         "torch": "",
     }
     # On a CPU Triton only runs in its interpreter, which nobody wants unasked.

@@ -12,8 +12,6 @@ from replicas.protocol import ConfigError
 
 logger = logging.getLogger(__name__)
 
-NOT_BUILT_YET = "not built yet"
-
 
 def native_obstacle(device: torch.device, dtype: torch.dtype) -> str:
     """Why the C++ kernels cannot serve this device and type; "" if they can. Builds them on the first call."""

@@ -13,22 +13,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from replicas.engine.kv_format import KVFormat
 from replicas.engine.model_config import ModelConfig, RopeScaling
 from replicas.engine.weights import expected_tensors, open_checkpoint
 
 
 class Reference:
-    """One model; `load` opens what `open_checkpoint` opens."""
+    """One model; `load` opens what `open_checkpoint` opens. kv: rounds keys and values as its caches do."""
 
-    def __init__(self, config: ModelConfig, weights: dict[str, Tensor]) -> None:
+    def __init__(self, config: ModelConfig, weights: dict[str, Tensor], kv: KVFormat | None = None) -> None:
         self.config = config
+        self._kv = kv
         self._weights = weights
 
     @classmethod
-    def load(cls, path: str | Path) -> Reference:
+    def load(cls, path: str | Path, kv: KVFormat | None = None) -> Reference:
         checkpoint = open_checkpoint(path)
         names = expected_tensors(checkpoint.config)
-        return cls(checkpoint.config, {name: checkpoint.tensor(name).float() for name in names})
+        return cls(checkpoint.config, {name: checkpoint.tensor(name).float() for name in names}, kv)
 
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int]) -> Tensor:
@@ -72,6 +74,8 @@ class Reference:
             q, k = self._norm(q, prefix + "q_norm"), self._norm(k, prefix + "k_norm")
         angles = torch.arange(length).unsqueeze(1) * rotary_frequencies(self.config)
         q, k = _rotate(q, angles), _rotate(k, angles)
+        if self._kv is not None:
+            k, v = self._kv.decode(*self._kv.encode(k)), self._kv.decode(*self._kv.encode(v))
         visible = torch.ones(length, length, dtype=torch.bool).tril()
         if window is not None:
             visible &= ~torch.ones(length, length, dtype=torch.bool).tril(-window)

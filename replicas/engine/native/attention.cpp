@@ -19,6 +19,7 @@
 #include "gemm.h"
 #include "kernels.h"
 #include "key_block.h"
+#include "kv_codes.h"
 #include "team.h"
 
 namespace sb {
@@ -39,8 +40,7 @@ struct Call {
     const Batch& batch;
     const Shape& shape;
     Rows q;
-    const float* keys;
-    const float* values;
+    const Cache& cache;
     float* out;
     int64_t group() const { return shape.q_heads / shape.kv_heads; }
     int64_t width() const { return (shape.head_dim + PANEL - 1) / PANEL * PANEL; }  // of an O row
@@ -78,10 +78,10 @@ void write_out(const Call& call, const TileTask& tile, const Accumulator& done) 
 
 // One thread's memory for one tile.
 struct Workspace {
-    float *q, *scores, *keys, *values, *chunk, *whole;
+    float *q, *scores, *keys, *values, *decoded, *chunk, *whole;
     Found found[2];  // this block of keys and the next one, which is being prefetched
     static int64_t floats(int64_t rows, int64_t dim, int64_t width) {
-        return rows * (dim + KEYS) + KEYS * (dim + width) + 2 * Accumulator::floats(rows, width) + 6 * 16;
+        return rows * (dim + KEYS) + KEYS * (3 * dim + width) + 2 * Accumulator::floats(rows, width) + 7 * 16;
     }
     Workspace(float* memory, int64_t rows, int64_t dim, int64_t width) {
         auto take = [&memory](int64_t count) {
@@ -93,6 +93,7 @@ struct Workspace {
         scores = take(rows * KEYS);
         keys = take(KEYS * dim);
         values = take(KEYS * width);
+        decoded = take(2 * KEYS * dim);
         chunk = take(Accumulator::floats(rows, width));
         whole = take(Accumulator::floats(rows, width));
     }
@@ -131,6 +132,7 @@ void find_rows(const Call& call, const TileTask& tile, int64_t first, const floa
     const Shape& shape = call.shape;
     const int32_t* table = call.batch.block_tables + tile.sequence * call.batch.block_table_ld;
     const int64_t dim = shape.head_dim, row = shape.kv_heads * dim, block_size = shape.block_size;
+    const float *keys = static_cast<float*>(call.cache.keys), *values = static_cast<float*>(call.cache.values);
     const int begin = static_cast<int>(std::clamp<int64_t>(tile.low - first, 0, KEYS));
     const int end = static_cast<int>(std::clamp<int64_t>(tile.high - first, begin, KEYS));
     std::fill(found.keys, found.keys + begin, zeros);
@@ -139,12 +141,35 @@ void find_rows(const Call& call, const TileTask& tile, int64_t first, const floa
     for (int i = begin; i < end; block++, within = 0) {
         const int64_t start = table[block] * shape.block_stride + tile.kv_head * dim;
         for (; within < block_size && i < end; within++, i++) {
-            found.keys[i] = call.keys + start + within * row;
-            found.values[i] = call.values + start + within * row;
+            found.keys[i] = keys + start + within * row;
+            found.values[i] = values + start + within * row;
         }
     }
     std::fill(found.keys + end, found.keys + KEYS, zeros);
     std::fill(found.values + end, found.values + KEYS, zeros);
+}
+
+// The same of an 8-bit cache: what the codes stand for, in `copies` [2][KEYS][dim]. Block by block, so that it never leaves
+// the core's own cache.
+void decode_rows(const Call& call, const TileTask& tile, int64_t first, const float* zeros, float* copies, Found& found) {
+    const Shape& shape = call.shape;
+    const Format format = static_cast<Format>(shape.format);
+    const int32_t* table = call.batch.block_tables + tile.sequence * call.batch.block_table_ld;
+    const int8_t *keys = static_cast<int8_t*>(call.cache.keys), *values = static_cast<int8_t*>(call.cache.values);
+    const int64_t dim = shape.head_dim, heads = shape.kv_heads;
+    for (int i = 0; i < KEYS; i++, copies += 2 * dim) {
+        const int64_t position = first + i;
+        if (position < tile.low || position >= tile.high) {
+            found.keys[i] = found.values[i] = zeros;
+            continue;
+        }
+        const int64_t block = table[position / shape.block_size], row = position % shape.block_size * heads + tile.kv_head;
+        const int64_t at = block * shape.block_stride + row * dim, scale = block * shape.scale_stride + row;
+        decode(format, keys + at, call.cache.key_scales[scale], dim, copies);
+        decode(format, values + at, call.cache.value_scales[scale], dim, copies + dim);
+        found.keys[i] = copies;
+        found.values[i] = copies + dim;
+    }
 }
 
 // The register tiles of one product of all rows: `set_b` points a tile at panel p, the product starts from zero or from C.
@@ -186,13 +211,16 @@ void run_chunk(const Call& call, const TileTask& tile, int64_t chunk, const floa
     const RowBlocks blocks(rows);
     into.clear(rows, width);
     const Span span(tile, chunk);
-    find_rows(call, tile, span.begin, zeros, work.found[0]);
+    const bool plain = call.shape.format == PLAIN;
+    if (plain) find_rows(call, tile, span.begin, zeros, work.found[0]);
     for (int64_t first = span.begin, current = 0; first < span.end; first += KEYS, current ^= 1) {
         const int used = static_cast<int>(std::min<int64_t>(KEYS, span.end - first));
         const int64_t panels = (used + PANEL - 1) / PANEL;
         Found& found = work.found[current];
-        Found& next = work.found[current ^ 1];
-        if (first + KEYS < span.end)
+        Found& next = work.found[plain ? current ^ 1 : current];
+        if (!plain)
+            decode_rows(call, tile, first, zeros, work.decoded, found);
+        else if (first + KEYS < span.end)
             find_rows(call, tile, first + KEYS, zeros, next);
         else
             find_next(next);
@@ -306,11 +334,16 @@ void merge_split(const Call& call, const TileTask& tile, float* partials) {
     write_out(call, tile, whole);
 }
 
-void write_cache(const Shape& shape, int64_t slot, const Rows& from, int64_t token, float* cache) {
-    float* to = cache + slot / shape.block_size * shape.block_stride +
-                slot % shape.block_size * shape.kv_heads * shape.head_dim;
-    for (int64_t h = 0; h < shape.kv_heads; h++)
-        std::memcpy(to + h * shape.head_dim, from.at(token, h), shape.head_dim * 4);
+void write_rows(const Shape& shape, int64_t slot, const Rows& from, int64_t token, void* cache, float* scales) {
+    const int64_t block = slot / shape.block_size, row = slot % shape.block_size * shape.kv_heads, dim = shape.head_dim;
+    const int64_t at = block * shape.block_stride + row * dim;
+    for (int64_t h = 0; h < shape.kv_heads; h++) {
+        if (shape.format == PLAIN)
+            std::memcpy(static_cast<float*>(cache) + at + h * dim, from.at(token, h), dim * 4);
+        else
+            scales[block * shape.scale_stride + row + h] = encode(static_cast<Format>(shape.format), from.at(token, h), dim,
+                                                                  static_cast<int8_t*>(cache) + at + h * dim);
+    }
 }
 
 }  // namespace
@@ -321,11 +354,11 @@ using namespace sb;
 
 SB_EXPORT void sb_attention(const Batch* batch, const Shape* shape, const float* q, int64_t q_row, int64_t q_head,
                             const float* k, int64_t k_row, int64_t k_head, const float* v, int64_t v_row, int64_t v_head,
-                            float* keys, float* values, float* out) {
+                            const Cache* cache, float* out) {
     static thread_local std::vector<TileTask> tiles;
     static thread_local std::vector<ChunkTask> tasks;
     static thread_local Scratch partial_scratch, zero_scratch;
-    const Call call{*batch, *shape, {q, q_row, q_head}, keys, values, out};
+    const Call call{*batch, *shape, {q, q_row, q_head}, *cache, out};
     const Rows k_rows{k, k_row, k_head}, v_rows{v, v_row, v_head};
     cut_tiles(call, tiles);
     float* partials = partial_scratch.floats(cut_chunks(call, tiles, tasks));
@@ -340,8 +373,8 @@ SB_EXPORT void sb_attention(const Batch* batch, const Shape* shape, const float*
     {
 #pragma omp for schedule(static) nowait
         for (int64_t t = 0; t < batch->tokens; t++) {
-            write_cache(*shape, batch->slot_mapping[t], k_rows, t, keys);
-            write_cache(*shape, batch->slot_mapping[t], v_rows, t, values);
+            write_rows(*shape, batch->slot_mapping[t], k_rows, t, cache->keys, cache->key_scales);
+            write_rows(*shape, batch->slot_mapping[t], v_rows, t, cache->values, cache->value_scales);
         }
         team.wait();
 #pragma omp for schedule(dynamic, 1) nowait

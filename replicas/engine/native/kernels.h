@@ -33,11 +33,18 @@ struct Batch {
     int64_t block_table_ld, sequences, tokens;
 };
 
+// Strides from one block to the next in numbers of what is stored: of keys and values, and of their scales.
 struct Shape {
-    int64_t block_size, block_stride, q_heads, kv_heads, head_dim;
+    int64_t block_size, block_stride, scale_stride, q_heads, kv_heads, head_dim;
     int64_t window;  // 0: none
     float scale;
-    int threads;
+    int threads, format;  // format: of keys and values, see kv_codes.h
+};
+
+// One layer's keys and values: float32, or 8-bit codes with the scales (else null) of each token's heads.
+struct Cache {
+    void *keys, *values;
+    float *key_scales, *value_scales;
 };
 
 }  // namespace sb
@@ -46,7 +53,7 @@ SB_EXPORT void sb_linear(const sb::Linear* w, const float* x, int64_t x_ld, floa
 
 SB_EXPORT void sb_attention(const sb::Batch* batch, const sb::Shape* shape, const float* q, int64_t q_row, int64_t q_head,
                             const float* k, int64_t k_row, int64_t k_head, const float* v, int64_t v_row, int64_t v_head,
-                            float* keys, float* values, float* out);
+                            const sb::Cache* cache, float* out);
 
 // `add` (may be null) is updated to x + add first. `out` may be x.
 SB_EXPORT void sb_rms_norm(const float* x, float* add, const float* weight, float eps, int64_t rows, int64_t width,

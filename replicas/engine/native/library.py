@@ -44,18 +44,26 @@ class AttentionBatch(ctypes.Structure):
 
 
 class AttentionShape(ctypes.Structure):
-    """`Shape` in kernels.h; window 0 means none, block_stride is in floats."""
+    """`Shape` in kernels.h; window 0 means none, strides are in numbers of what is stored."""
 
     _fields_ = (
         ("block_size", c_int64),
         ("block_stride", c_int64),
+        ("scale_stride", c_int64),
         ("q_heads", c_int64),
         ("kv_heads", c_int64),
         ("head_dim", c_int64),
         ("window", c_int64),
         ("scale", c_float),
         ("threads", c_int),
+        ("format", c_int),
     )
+
+
+class CachePointers(ctypes.Structure):
+    """`Cache` in kernels.h; scales are None where keys and values are float32."""
+
+    _fields_ = tuple((name, c_void_p) for name in ("keys", "values", "key_scales", "value_scales"))
 
 
 class StackLayer(ctypes.Structure):
@@ -64,7 +72,7 @@ class StackLayer(ctypes.Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("input_norm", "q_norm", "k_norm", "post_norm")),
         *((name, c_void_p) for name in ("qkv", "o", "gate_up", "down")),
-        *(("keys", c_void_p), ("values", c_void_p), ("window", c_int64)),
+        *(("cache", CachePointers), ("window", c_int64)),
     )
 
 
@@ -100,7 +108,7 @@ class Library:
         self.attention.argtypes = (
             *(POINTER(AttentionBatch), POINTER(AttentionShape)),
             *(c_void_p, c_int64, c_int64) * 3,
-            *(c_void_p,) * 3,
+            *(POINTER(CachePointers), c_void_p),
         )
         self.stack = long.sb_stack
         self.stack.argtypes = (

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from replicas.engine.attention import LayerCache
 from replicas.engine.batch import StepBatch
-from replicas.engine.native.library import AttentionBatch, AttentionShape, Library
+from replicas.engine.native.library import AttentionBatch, AttentionShape, CachePointers, Library
+
+_FORMATS = {"float32": 0, "int8": 1, "fp8_e4m3": 2}  # `Format` in kv_codes.h
 
 
 class NativeAttention:
@@ -38,7 +40,7 @@ class NativeAttention:
         assert window is None or window > 0, f"window must be positive, got {window}"
         shape = self._shape
         describe_batch(batch, self._batch)
-        describe_cache(cache, shape)
+        pointers = describe_cache(cache, shape)
         assert q.shape[1] % shape.kv_heads == 0, (
             f"{q.shape[1]} query heads do not divide among {shape.kv_heads} KV heads"
         )
@@ -51,7 +53,7 @@ class NativeAttention:
             *(q.data_ptr(), q_row, q_head),
             *(k.data_ptr(), k_row, k_head),
             *(v.data_ptr(), v_row, v_head),
-            *(cache.keys.data_ptr(), cache.values.data_ptr(), out.data_ptr()),
+            *(ctypes.byref(pointers), out.data_ptr()),
         )
         return out
 
@@ -73,13 +75,25 @@ def describe_batch(batch: StepBatch, into: AttentionBatch) -> None:
     into.tokens = batch.slot_mapping.shape[0]
 
 
-def describe_cache(cache: LayerCache, into: AttentionShape) -> None:
-    """Blocks and KV heads as the cache has them."""
+def describe_cache(cache: LayerCache, into: AttentionShape) -> CachePointers:
+    """Blocks and KV heads as the cache has them; the caller keeps the cache alive."""
     keys, values = cache.keys, cache.values
     _, block_size, kv_heads, head_dim = keys.shape
+    kind = cache.format.name if cache.format is not None and cache.scaled else "float32"
+    assert kind in _FORMATS, f"native attention keeps {', '.join(_FORMATS)}, got {kind}"
+    stored = torch.int8 if cache.scaled else torch.float32
     for tensor in (keys, values):
-        assert tensor.dtype is torch.float32, f"native attention computes in float32, got {tensor.dtype}"
+        assert tensor.dtype is stored, f"a cache in {kind} is of {stored}, got {tensor.dtype}"
         assert tensor.stride()[1:] == (kv_heads * head_dim, head_dim, 1), "the inside of a block must be contiguous"
     assert keys.stride(0) == values.stride(0), "keys and values must have the same block stride"
     into.block_size, into.block_stride = block_size, keys.stride(0)
     into.kv_heads, into.head_dim = kv_heads, head_dim
+    into.format = _FORMATS[kind]
+    if cache.key_scales is None or cache.value_scales is None:
+        return CachePointers(keys.data_ptr(), values.data_ptr(), None, None)
+    for scales in (cache.key_scales, cache.value_scales):
+        assert scales.dtype is torch.float32, f"scales are float32, got {scales.dtype}"
+        assert scales.stride()[1:] == (kv_heads, 1), "the scales of a block must be contiguous"
+    assert cache.key_scales.stride(0) == cache.value_scales.stride(0), "all scales must have the same block stride"
+    into.scale_stride = cache.key_scales.stride(0)
+    return CachePointers(*(t.data_ptr() for t in (keys, values, cache.key_scales, cache.value_scales)))

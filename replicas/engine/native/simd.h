@@ -43,6 +43,7 @@ SB_INLINE vec load(const float* p) { return *reinterpret_cast<const vec_unaligne
 SB_INLINE void store(float* p, vec v) { *reinterpret_cast<vec_unaligned*>(p) = v; }
 SB_INLINE vec splat(float x) { return x - vec{}; }
 SB_INLINE vec select(veci mask, vec yes, vec no) { return mask ? yes : no; }
+SB_INLINE veci select_int(veci mask, veci yes, veci no) { return mask ? yes : no; }
 SB_INLINE vec max(vec a, vec b) { return a > b ? a : b; }
 SB_INLINE vec min(vec a, vec b) { return a < b ? a : b; }
 

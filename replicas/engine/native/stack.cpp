@@ -13,7 +13,7 @@ namespace {
 struct Layer {
     const float *input_norm, *q_norm, *k_norm, *post_norm;  // q_norm and k_norm: both null, or weights [head_dim]
     const Linear *qkv, *o, *gate_up, *down;
-    float *keys, *values;  // this layer's cache
+    Cache cache;
     int64_t window;        // 0: none
 };
 
@@ -60,7 +60,7 @@ SB_EXPORT void sb_stack(const Stack* stack, const Batch* batch, const Shape* ste
         }
         sb_rope(q, fused, dim, shape.q_heads, k, fused, dim, shape.kv_heads, stack->cos_sin, positions, tokens, dim, threads);
         shape.window = layer.window;
-        sb_attention(batch, &shape, q, fused, dim, k, fused, dim, v, fused, dim, layer.keys, layer.values, x);
+        sb_attention(batch, &shape, q, fused, dim, k, fused, dim, v, fused, dim, &layer.cache, x);
         if (i == stack->num_layers - 1) {
             // All keys and values are written: only rows that are wanted go on.
             keep_rows(x, q_size, rows, wanted);

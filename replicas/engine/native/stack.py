@@ -12,7 +12,14 @@ from torch import Tensor
 from replicas.engine.attention import LayerCache
 from replicas.engine.batch import StepBatch
 from replicas.engine.model_config import ModelConfig
-from replicas.engine.native.library import AttentionBatch, AttentionShape, Library, StackLayer, StackWeights
+from replicas.engine.native.library import (
+    AttentionBatch,
+    AttentionShape,
+    CachePointers,
+    Library,
+    StackLayer,
+    StackWeights,
+)
 from replicas.engine.native.linear import NativeLinear
 from replicas.engine.native.paged import describe_batch, describe_cache
 from replicas.engine.ops import Linear
@@ -65,8 +72,7 @@ class NativeStack:
 
     def _use(self, caches: Sequence[LayerCache]) -> None:
         for layer, cache in zip(self._layers, caches, strict=True):
-            describe_cache(cache, self._shape)
-            layer.keys, layer.values = cache.keys.data_ptr(), cache.values.data_ptr()
+            layer.cache = describe_cache(cache, self._shape)
         stride = caches[0].keys.stride()
         assert all(cache.keys.stride() == stride for cache in caches), "all layers' caches have the same strides"
         self._caches = caches
@@ -85,5 +91,5 @@ def _describe_layer(layer: Layer) -> StackLayer:
     return StackLayer(
         *(norm(layer.input_norm), norm(layer.q_norm), norm(layer.k_norm), norm(layer.post_norm)),
         *(linear(layer.qkv), linear(layer.o), linear(layer.gate_up), linear(layer.down)),
-        *(None, None, layer.window or 0),
+        *(CachePointers(), layer.window or 0),
     )
