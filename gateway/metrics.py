@@ -47,6 +47,9 @@ _COUNTERS: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
     "prefix_cache_hits": ("Prompt tokens found in the prefix cache.", lambda s: s.prefix_cache_hits),
     "num_preemptions": ("Requests preempted by the engine.", lambda s: s.num_preemptions),
     "engine_steps": ("Engine steps.", lambda s: s.steps),
+    "spec_decode_num_drafts": ("Speculative proposals that were verified.", lambda s: s.spec_decode_num_drafts),
+    "spec_decode_num_draft_tokens": ("Speculative tokens verified.", lambda s: s.spec_decode_num_draft_tokens),
+    "spec_decode_num_accepted_tokens": ("Speculative tokens accepted.", lambda s: s.spec_decode_num_accepted_tokens),
 }
 
 
@@ -166,6 +169,15 @@ class Metrics(Collector):
             for labels, stats in reports.items():
                 counter.add_metric(labels, value(stats))
             yield counter
+        by_position = CounterMetricFamily(
+            "signalbox_spec_decode_num_accepted_tokens_per_pos",
+            "Speculative tokens accepted, by their place in the proposal.",
+            labels=["model_name", "replica", "position"],
+        )
+        for labels, stats in reports.items():
+            for position, accepted in enumerate(stats.spec_decode_num_accepted_tokens_per_pos):
+                by_position.add_metric((*labels, str(position)), accepted)
+        yield by_position
 
 
 def _histograms(name: str, help_text: str, label: str, histograms: dict[str, Histogram]) -> HistogramMetricFamily:

@@ -305,6 +305,7 @@ class EngineStats:
     prefill_rate: prompt tokens a second while prefilling. decode_step_s: seconds of a step without prefill.
     block_release_rate: blocks returned to the pool a second while busy.
     Counters only grow: prefix_cache_queries/hits and *_tokens count tokens, the others events.
+    spec_decode_num_drafts: proposals that were checked; _per_pos: accepted tokens by their place in the proposal.
     """
 
     num_requests_running: int = 0
@@ -321,6 +322,10 @@ class EngineStats:
     prefix_cache_hits: int = 0
     num_preemptions: int = 0
     steps: int = 0
+    spec_decode_num_drafts: int = 0
+    spec_decode_num_draft_tokens: int = 0
+    spec_decode_num_accepted_tokens: int = 0
+    spec_decode_num_accepted_tokens_per_pos: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

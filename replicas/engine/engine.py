@@ -328,6 +328,10 @@ class Engine:
             prefix_cache_hits=scheduler.prefix_hits,
             num_preemptions=scheduler.num_preemptions,
             steps=self._steps,
+            spec_decode_num_drafts=self._speculation.num_drafts,
+            spec_decode_num_draft_tokens=self._speculation.num_draft_tokens,
+            spec_decode_num_accepted_tokens=self._speculation.num_accepted_tokens,
+            spec_decode_num_accepted_tokens_per_pos=tuple(self._speculation.accepted_per_position),
         )
 
     def take_events(self) -> list[KVEvent]:

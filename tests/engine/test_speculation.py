@@ -49,9 +49,10 @@ DISTINCT = ("ngram", "suffix", "hydra", "layers", "noised copy")  # the others a
 
 
 def accepted(engine: Engine) -> int:
-    guesses = engine.speculation
-    assert guesses.num_accepted_tokens <= guesses.num_draft_tokens
-    return guesses.num_accepted_tokens
+    stats = engine.stats()
+    assert sum(stats.spec_decode_num_accepted_tokens_per_pos) == stats.spec_decode_num_accepted_tokens
+    assert stats.spec_decode_num_accepted_tokens <= stats.spec_decode_num_draft_tokens
+    return stats.spec_decode_num_accepted_tokens
 
 
 COMBINATIONS = [(setting, name) for setting in SETTINGS for name in PROPOSERS if setting == "roomy" or name in DISTINCT]
