@@ -26,12 +26,12 @@ from gateway.passing import PassedRequest
 from gateway.requests import ChatRequest, CompletionRequest
 from gateway.responses import Shape, total
 from gateway.routes import route_request
-from gateway.rules import ModelGroup, Rules
-from gateway.select import Selection, Size, select_from, select_model
+from gateway.rules import Rules
 from gateway.telemetry import Laps
 from gateway.upstreams import UpstreamModel
 from policies.budget import Subject, downgrade
 from policies.rightsize.cascade import Cascade, confidence
+from policies.selection import ModelGroup, Selection, Size, select_from, select_model
 from replicas.protocol import (
     BudgetExceeded,
     Chunk,
@@ -204,7 +204,7 @@ class Answering:
         asked.laps.lap("parse")
         able = None if asked.unsupported is None else self._fleet.upstreams.keys()
         if not isinstance(target, ModelGroup):
-            selection = select_model(target, asked.rules)
+            selection = select_model(target.name, asked.rules)
             return selection if able is None else _only(selection, able, asked)
         if able is not None and not any(model.name in able for model in target.models):
             assert asked.unsupported is not None, "there is no other reason for a choice"

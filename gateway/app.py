@@ -38,11 +38,12 @@ from gateway.ledger.ledger import Ledger, LedgerSettings
 from gateway.mailbox import Mailbox
 from gateway.metrics import Metrics
 from gateway.policy_follower import PolicyFollower
-from gateway.rules import ModelGroup, Rules, compiler, fleet_names, predictor_folder, rules_for
+from gateway.rules import Rules, compiler, fleet_names, predictor_folder, rules_for
 from gateway.schemas import ErrorResponse, Health, ModelList, ModelObject
 from gateway.shadow import Shadows
 from gateway.telemetry import traces_wanted
 from gateway.totals import METRICS, Totals
+from policies.selection import ModelGroup
 
 if TYPE_CHECKING:
     from gateway.tracing import Tracing

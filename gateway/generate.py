@@ -33,10 +33,11 @@ from gateway.passing import PassedAnswer, PassedWriter
 from gateway.policy_follower import PolicyFollower
 from gateway.requests import ChatRequest, CompletionRequest
 from gateway.responses import DONE, ChatShape, Collected, CompletionShape, Envelope, EventWriter
-from gateway.rules import ModelGroup, Rules, rules_for
+from gateway.rules import Rules, rules_for
 from gateway.shadow import Shadows
 from gateway.telemetry import Laps
 from policies import limits
+from policies.selection import ModelGroup
 from replicas.protocol import InvalidRequest, NotSupported, RequestError, SignalboxError, Usage
 
 if TYPE_CHECKING:

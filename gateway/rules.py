@@ -11,30 +11,12 @@ from pathlib import Path
 
 from gateway.config import GatewayConfig, ServedModel
 from gateway.policy_follower import PolicyFollower
-from policies import budget, limits, prices
+from policies import budget, limits
 from policies.budget import Budgets, Price
-from policies.document import FleetNames, Group, PolicyDocument, Prices, load_predictors
+from policies.document import FleetNames, PolicyDocument, load_predictors
 from policies.limits import RateLimits
-from policies.rightsize.cascade import Cascade
-from policies.rightsize.choose import PricedModel, Trade
-from policies.rightsize.guarantee import Promise
-from policies.rightsize.predictor import Predictor
+from policies.selection import ModelGroup, group_of, price_of
 from replicas.protocol import ConfigError, ModelNotFound
-
-PICO = 10**12
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelGroup:
-    """Several models under one name. Without `trade` the first of them that has a ready replica answers."""
-
-    name: str
-    models: tuple[PricedModel, ...]
-    trade: Trade | None = None
-    predictor: Predictor | None = None
-    expected_output_tokens: float = 0.0
-    cascade: Cascade | None = None
-    promise: Promise | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,14 +83,15 @@ def compiler(config: GatewayConfig) -> Callable[[int, PolicyDocument], Rules]:
 
     def compile_rules(generation: int, document: PolicyDocument) -> Rules:
         predictors = load_predictors(document, folder)
-        priced = {model.name: _price(model, document) for model in config.models}
+        priced = {model.name: price_of(model.name, model.price, document) for model in config.models}
         for name, group in document.groups.items():
             if group.cascade is not None and group.cascade.small in elsewhere:
                 raise ConfigError(
                     f"groups.{name}.cascade.small: {group.cascade.small!r} is an upstream: how sure it is is not known"
                 )
         groups = {
-            name: _group(name, group, document, priced, predictors.get(name)) for name, group in document.groups.items()
+            name: group_of(name, group, document, priced, predictors.get(name))
+            for name, group in document.groups.items()
         }
         return Rules(
             generation=generation,
@@ -121,35 +104,3 @@ def compiler(config: GatewayConfig) -> Callable[[int, PolicyDocument], Rules]:
         )
 
     return compile_rules
-
-
-def _price(model: ServedModel, document: PolicyDocument) -> Price:
-    rules = document.models.get(model.name)
-    stated = (rules.price if rules else Prices()).model_dump(exclude_none=True)
-    return prices.from_fleet({**model.price, **stated})
-
-
-def _group(
-    name: str, group: Group, document: PolicyDocument, priced: Mapping[str, Price], predictor: Predictor | None
-) -> ModelGroup:
-    settings = group.right_size
-    return ModelGroup(
-        name=name,
-        models=tuple(_priced_model(model, document, priced[model]) for model in group.models),
-        trade=settings.trade if settings else None,
-        predictor=predictor,
-        expected_output_tokens=settings.expected_output_tokens if settings else 0.0,
-        cascade=group.cascade.rule if group.cascade else None,
-        promise=group.guarantee.promise if group.guarantee else None,
-    )
-
-
-def _priced_model(name: str, document: PolicyDocument, price: Price) -> PricedModel:
-    rules = document.models.get(name)
-    per_million = 10**6 / PICO
-    return PricedModel(
-        name=name,
-        input_price=price.input * per_million,
-        output_price=price.output * per_million,
-        strength=rules.strength if rules else None,
-    )

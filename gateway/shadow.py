@@ -17,9 +17,10 @@ from dataclasses import replace
 
 from gateway.answering import Answering, Asked, Opened
 from gateway.metrics import Metrics
-from gateway.rules import PICO, ModelGroup
+from policies.budget import PICO
 from policies.rightsize.agreement import agreement
 from policies.rightsize.guarantee import Guard, Promise, observe, shadows
+from policies.selection import ModelGroup
 from replicas.protocol import SignalboxError
 
 logger = logging.getLogger(__name__)

@@ -2,14 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
-from gateway.config import ServedModel
-from gateway.fleet import Fleet
-from gateway.rules import ModelGroup, Rules
+from policies import prices
+from policies.budget import PICO, Price
+from policies.document import Group, PolicyDocument, Prices
 from policies.rightsize.cascade import Cascade
-from policies.rightsize.choose import ModelChoice, PricedModel, RightSizeRequest, RightSizeView, right_size
+from policies.rightsize.choose import ModelChoice, PricedModel, RightSizeRequest, RightSizeView, Trade, right_size
+from policies.rightsize.guarantee import Promise
+from policies.rightsize.predictor import Predictor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelGroup:
+    """Several models under one name. Without `trade` the first of them that has a ready replica answers."""
+
+    name: str
+    models: tuple[PricedModel, ...]
+    trade: Trade | None = None
+    predictor: Predictor | None = None
+    expected_output_tokens: float = 0.0
+    cascade: Cascade | None = None
+    promise: Promise | None = None
+
+
+class Present(Protocol):
+    """What a selection must know of the fleet."""
+
+    def ready(self, model: str) -> int:
+        """How many of the model's replicas take work now."""
+        ...
+
+    def card(self, model: str) -> Card | None: ...
+
+
+class Card(Protocol):
+    @property
+    def max_model_len(self) -> int: ...
+
+
+class Fallbacks(Protocol):
+    def fallbacks(self, model: str) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,12 +76,51 @@ class Size:
         return self.longest_prompt or self.prompt_tokens
 
 
-def select_model(served: ServedModel, rules: Rules) -> Selection:
-    return Selection(models=(served.name, *rules.fallbacks(served.name)))
+def price_of(model: str, stated: Mapping[str, float], document: PolicyDocument) -> Price:
+    """What the fleet file states, key by key overruled by the document."""
+    rules = document.models.get(model)
+    own = (rules.price if rules else Prices()).model_dump(exclude_none=True)
+    return prices.from_fleet({**stated, **own})
+
+
+def group_of(
+    name: str, group: Group, document: PolicyDocument, priced: Mapping[str, Price], predictor: Predictor | None
+) -> ModelGroup:
+    """A group of the document made concrete."""
+    settings = group.right_size
+    return ModelGroup(
+        name=name,
+        models=tuple(_priced_model(model, document, priced[model]) for model in group.models),
+        trade=settings.trade if settings else None,
+        predictor=predictor,
+        expected_output_tokens=settings.expected_output_tokens if settings else 0.0,
+        cascade=group.cascade.rule if group.cascade else None,
+        promise=group.guarantee.promise if group.guarantee else None,
+    )
+
+
+def _priced_model(name: str, document: PolicyDocument, price: Price) -> PricedModel:
+    rules = document.models.get(name)
+    per_million = 10**6 / PICO
+    return PricedModel(
+        name=name,
+        input_price=price.input * per_million,
+        output_price=price.output * per_million,
+        strength=rules.strength if rules else None,
+    )
+
+
+def select_model(name: str, rules: Fallbacks) -> Selection:
+    return Selection(models=(name, *rules.fallbacks(name)))
 
 
 def select_from(
-    group: ModelGroup, rules: Rules, fleet: Fleet, size: Size, safety_scale: float, able: Collection[str] | None = None
+    group: ModelGroup,
+    rules: Fallbacks,
+    fleet: Present,
+    size: Size,
+    safety_scale: float,
+    able: Collection[str] | None = None,
 ) -> Selection:
     """One of a group's models for a request of that size.
 
@@ -87,7 +161,7 @@ def select_from(
     return Selection(models=models, group=group, choice=choice, cascade=cascade)
 
 
-def _fits(fleet: Fleet, model: PricedModel, size: Size) -> bool:
+def _fits(fleet: Present, model: PricedModel, size: Size) -> bool:
     card = fleet.card(model.name)
     return card is None or not card.max_model_len or size.longest + (size.max_tokens or 1) <= card.max_model_len
 

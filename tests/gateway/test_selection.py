@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from gateway.config import GatewayConfig, ServedModel
-from gateway.rules import ModelGroup, Rules, compiler
-from gateway.select import Selection, Size, select_from, select_model
+from gateway.rules import Rules, compiler
 from policies import document
+from policies.selection import ModelGroup, Selection, Size, select_from, select_model
 from replicas.fake import FakeSettings, fake_card
 from replicas.protocol import ModelCard, ModelNotFound
 
@@ -30,8 +30,8 @@ class Fleet:
     absent: set[str] = field(default_factory=set)
     context: dict[str, int] = field(default_factory=dict)
 
-    def ready(self, model: str) -> list[str]:
-        return [] if model in self.absent else ["a replica"]
+    def ready(self, model: str) -> int:
+        return int(model not in self.absent)
 
     def card(self, model: str) -> ModelCard:
         return fake_card(FakeSettings(max_model_len=self.context.get(model, 4096)), model)
@@ -50,7 +50,7 @@ def select(text: str, size: Size = EASY, fleet: Fleet | None = None, scale: floa
     compiled = rules(text)
     group = compiled.resolve("auto")
     assert isinstance(group, ModelGroup)
-    return select_from(group, compiled, fleet or Fleet(), size, scale)  # type: ignore[arg-type]
+    return select_from(group, compiled, fleet or Fleet(), size, scale)
 
 
 RIGHT_SIZE = "groups: {auto: {models: [small, middle, large], right_size: {%s}}}"
@@ -61,7 +61,7 @@ def test_a_model_is_followed_by_its_fallbacks() -> None:
     compiled = rules("fallbacks: {small: [large, middle]}")
     served = compiled.resolve("small-alias")
     assert isinstance(served, ServedModel)
-    assert select_model(served, compiled).models == ("small", "large", "middle")
+    assert select_model(served.name, compiled).models == ("small", "large", "middle")
 
 
 def test_names_are_resolved_through_the_documents_aliases() -> None:
