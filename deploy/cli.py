@@ -112,6 +112,12 @@ def policy(ctx: typer.Context) -> None:
     _call("deploy.policy_cli", "app", ctx)
 
 
+@app.command(context_settings=_PASS_ON)
+def simulate(ctx: typer.Context) -> None:
+    """Calibrate a simulated fleet on a measured run, and ask it what would happen."""
+    _call("deploy.simulator_cli", "app", ctx)
+
+
 @app.command("admin-token", context_settings=_PASS_ON)
 def admin_token(ctx: typer.Context) -> None:
     """Create, list and revoke the tokens that open /admin."""

@@ -174,11 +174,8 @@ class FleetLoads:
 
     def report(self, status: ReplicaStatus) -> None:
         """Take a replica's own numbers; a status of an incarnation that did not join is dropped."""
-        row = self._rows.get(status.replica_id)
-        if row is None or row.incarnation != status.incarnation:
-            return
-        stats, column = status.stats, self._columns[:, row.number]
-        column[:_SENT] = (
+        stats = status.stats
+        numbers = (
             stats.num_requests_running,
             stats.num_requests_waiting,
             stats.queued_tokens,
@@ -188,9 +185,21 @@ class FleetLoads:
             stats.decode_step_s,
             stats.block_release_rate,
         )
-        row.ready = status.state is ReplicaState.READY
-        self._eligible[row.number] = row.ready
-        row.admitted = max(row.admitted, status.admitted.get(self.gateway_id, 0))
+        ready, admitted = status.state is ReplicaState.READY, status.admitted.get(self.gateway_id, 0)
+        self.heard(status.replica_id, status.incarnation, numbers, ready=ready, admitted=admitted)
+
+    def heard(
+        self, replica_id: str, incarnation: str, numbers: tuple[float, ...], *, ready: bool, admitted: int
+    ) -> None:
+        """`report` of what it comes to: the reported columns in their order, the last of our submissions in them."""
+        row = self._rows.get(replica_id)
+        if row is None or row.incarnation != incarnation:
+            return
+        column = self._columns[:, row.number]
+        column[:_SENT] = numbers
+        row.ready = ready
+        self._eligible[row.number] = ready
+        row.admitted = max(row.admitted, admitted)
         while row.sent and row.sent[0][0] <= row.admitted:
             _, tokens, blocks = row.sent.popleft()
             self._count(row.number, _SENT, -1, -tokens, -blocks)

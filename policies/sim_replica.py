@@ -3,14 +3,17 @@
 What `replicas.engine` decides is repeated here, without its tensors and without its per-token work: steps under a
 token budget, running sequences first, whole prompts admitted under a watermark, blocks findable as soon as they are
 scheduled, the least recently used evicted first and of one prefix the tail first, the youngest preempted. A stretch of
-steps in which only decodes run is one step here, as long as nobody ends, needs a block or can be admitted.
+steps in which only decodes run is one step here, as long as nobody ends or can be admitted and blocks do not run out;
+the blocks that it needs are taken at its end, which evicts the same ones in the same order.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
 from policies.sim_cache import BlockCache, Key
 from replicas.protocol import EngineStats
@@ -22,9 +25,12 @@ _WEIGHT = 0.2  # of the newest sample in the engine's moving averages
 class ReplicaModel:
     """How fast a replica is and how much it holds. A step takes
 
-        step_s + decode_s * decoding sequences + prompt tokens / prefill_rate    seconds.
+        step_s + max(floor_s, decode_s * decoding sequences + prompt tokens / prefill_rate)
+               + context_s * tokens that the decoding sequences attend to           seconds:
 
-    The defaults are near a 135M-parameter model on two AVX2 cores.
+    a roofline, where floor_s is the time to read the weights however few tokens they are read for. num_blocks and what
+    follows are the engine's settings of these names. one_by_one: every step is simulated by itself, an oracle for tests
+    and many times as slow. The defaults are near a 135M-parameter model on two AVX2 cores.
     """
 
     num_blocks: int = 4000
@@ -32,9 +38,26 @@ class ReplicaModel:
     prefill_rate: float = 450.0
     step_s: float = 0.006
     decode_s: float = 0.004
+    floor_s: float = 0.0
+    context_s: float = 0.0
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 256
+    max_waiting: int = 1 << 30
+    max_model_len: int = 0
     watermark: float = 0.01
+    one_by_one: bool = False
+
+    def __post_init__(self) -> None:
+        positive = (self.num_blocks, self.block_size, self.prefill_rate, self.max_num_seqs, self.max_num_batched_tokens)
+        times = (self.step_s, self.decode_s, self.floor_s, self.context_s, self.watermark)
+        if not all(0 < one < math.inf for one in positive) or not all(0 <= one < math.inf for one in times):
+            raise ValueError("a replica's sizes and rates must be positive, its times at least 0, all of them finite")
+        if self.step_s + self.decode_s + self.floor_s <= 0:
+            raise ValueError("a step that only decodes must take some time: give step_s, floor_s or decode_s")
+
+    def step_seconds(self, decoding: int, prefill: int, context: float = 0.0) -> float:
+        work = self.decode_s * decoding + prefill / self.prefill_rate
+        return self.step_s + max(self.floor_s, work) + self.context_s * context
 
 
 @dataclass(slots=True, eq=False)
@@ -43,6 +66,7 @@ class SimSequence:
 
     queued: the prompt tokens still to compute, as the replica counts them. ends: the step after which it is complete,
     in the replica's count, while it decodes. life: grows when it loses its place, so that stale alarms are ignored.
+    tag: the caller's.
     """
 
     number: int
@@ -58,6 +82,7 @@ class SimSequence:
     blocks: list[Key] = field(default_factory=list)
     ends: int = 0
     life: int = 0
+    tag: Any = None
 
 
 @dataclass(slots=True)
@@ -87,7 +112,7 @@ class SimReplica:
         self._watermark = int(model.watermark * model.num_blocks)
         self._chunks: list[tuple[SimSequence, int]] = []
         self._stretch = 1
-        self._step_s = 0.0
+        self._step_s = self._longer_s = 0.0
         self._prefill_rate = self._decode_step_s = self._release_rate = 0.0
         self._sample_s = 0.0
         self._sampled = 0
@@ -96,7 +121,12 @@ class SimReplica:
 
     def fits(self, seq: SimSequence) -> bool:
         """Whether it could run with the replica to itself; one that could not is refused, as a context too long."""
-        return seq.prompt_tokens + seq.output_tokens <= self.model.num_blocks * self.model.block_size
+        tokens, most = seq.prompt_tokens + seq.output_tokens, self.model.max_model_len
+        return tokens <= self.model.num_blocks * self.model.block_size and not 0 < most < tokens
+
+    def is_full(self) -> bool:
+        """Whether one more is refused with QueueFull."""
+        return len(self.waiting) >= self.model.max_waiting
 
     def add(self, seq: SimSequence) -> None:
         seq.known = seq.prompt_tokens
@@ -114,7 +144,7 @@ class SimReplica:
         """Schedule a step, or a stretch of equal ones; its seconds."""
         budget = self.model.max_num_batched_tokens
         self._chunks = []
-        preempted = self._grow()
+        preempted = self._grow(self.steps)
         decoding = len(self.running) - len(self._prefilling)
         budget -= decoding
         for seq in self._prefilling:
@@ -124,16 +154,19 @@ class SimReplica:
         if not preempted:
             self._admit(budget)
         prefill = sum(count for _, count in self._chunks)
-        model = self.model
-        self._step_s = model.step_s + model.decode_s * decoding + prefill / model.prefill_rate
-        self._stretch = 1 if prefill or preempted else self._steps_alike()
-        return self._step_s * self._stretch
+        self._step_s = self.model.step_seconds(decoding, prefill, self._context() if self.model.context_s else 0.0)
+        self._longer_s = self.model.context_s * decoding
+        self._stretch = 1 if prefill or preempted or self.model.one_by_one else self._steps_alike()
+        return self._seconds()
 
     def cut(self, elapsed_s: float) -> float:
         """Something arrived `elapsed_s` into the step: end the stretch with the step under way; its seconds."""
         if self._stretch > 1:
-            self._stretch = max(1, min(self._stretch, -int(-elapsed_s // self._step_s)))
-        return self._step_s * self._stretch
+            whole, self._stretch = self._stretch, max(1, min(self._stretch, -int(-elapsed_s // self._step_s)))
+            while self._stretch > 1 and self._seconds(self._stretch - 1) >= elapsed_s:
+                self._stretch -= 1  # steps grow longer: those that fit were fewer
+            assert self._stretch <= whole, "a stretch is only ever cut"
+        return self._seconds()
 
     def finish(self) -> StepResult:
         """Take in what the step computed."""
@@ -141,6 +174,8 @@ class SimReplica:
         decoding = len(self.running) - len(self._prefilling)
         self.steps += self._stretch
         self.generation_tokens += decoding * self._stretch
+        if self._stretch > 1:
+            self._grow(self.steps - 1)
         # In the order of the running set, which is that of eviction later: who prefills was admitted last.
         while self._ends and self._ends[0][0] <= self.steps:
             _, _, life, seq = heapq.heappop(self._ends)
@@ -158,6 +193,17 @@ class SimReplica:
         return result
 
     # ---------------------------------------------------------------- inside a step
+
+    def _seconds(self, steps: int = 0) -> float:
+        """Of so many steps of the stretch, by default all: each reads as many tokens more as there are sequences."""
+        count = steps or self._stretch
+        return count * (self._step_s + self._longer_s * (count - 1) / 2)
+
+    def _context(self) -> int:
+        """Tokens that the decoding sequences have written."""
+        waiting = set(self._prefilling)
+        ahead = self.steps + 1
+        return sum(s.prompt_tokens + s.output_tokens - s.ends + ahead for s in self.running if s not in waiting)
 
     def _schedule(self, seq: SimSequence, budget: int) -> int:
         count = min(seq.known - seq.computed, budget)
@@ -226,16 +272,20 @@ class SimReplica:
         if written_at_end > room:
             heapq.heappush(self._grows, (seq.ends - (written_at_end - room), seq.number, seq.life, seq))
 
-    def _grow(self) -> bool:
-        """Blocks for the decodes that need one now; True if somebody lost its place for it."""
+    def _grow(self, step: int) -> bool:
+        """Blocks for the decodes that need them at `step`; True if somebody lost its place for it."""
         preempted = False
-        while self._grows and self._grows[0][0] <= self.steps:
+        while self._grows and self._grows[0][0] <= step:
             _, _, life, seq = heapq.heappop(self._grows)
-            while life == seq.life and self.cache.num_free == 0:
+            if life != seq.life:
+                continue
+            known = seq.prompt_tokens + seq.output_tokens - max(seq.ends - step, 1)
+            needed = -(-known // self.model.block_size) - len(seq.blocks)
+            while life == seq.life and self.cache.num_free < needed:
                 self._preempt_youngest()
                 preempted = True
             if life == seq.life:
-                seq.blocks += self.cache.allocate(1)
+                seq.blocks += self.cache.allocate(needed)
                 self._set_growth(seq)
         return preempted
 
@@ -264,29 +314,47 @@ class SimReplica:
         seq.blocks = []
 
     def _steps_alike(self) -> int:
-        """Decode steps until somebody ends or needs a block."""
-        for alarms in (self._ends, self._grows):
-            while alarms and alarms[0][2] != alarms[0][3].life:
-                heapq.heappop(alarms)
-        nearest = min((alarms[0][0] for alarms in (self._ends, self._grows) if alarms), default=self.steps + 1)
-        return max(1, nearest - self.steps)
+        """Decode steps until somebody ends or, where blocks might run out before, needs one."""
+        steps = self._next_alarm(self._ends) - self.steps
+        most = (1 + steps // self.model.block_size) * len(self.running)
+        if most > self.cache.num_free:
+            steps = min(steps, self._next_alarm(self._grows) - self.steps)
+        return max(1, steps)
+
+    def _next_alarm(self, alarms: list[tuple[int, int, int, SimSequence]]) -> int:
+        while alarms and alarms[0][2] != alarms[0][3].life:
+            heapq.heappop(alarms)
+        return alarms[0][0] if alarms else self.steps + 1
 
     # ---------------------------------------------------------------- what it says of itself
 
     def _measure(self, prefill: int) -> None:
         """The engine's own moving averages; a stretch of equal steps counts as so many samples."""
-        seconds = self._step_s * self._stretch
+        seconds = self._seconds()
         self.busy_s += seconds
         if prefill:
             alone = max(seconds - self._decode_step_s, seconds / 2)
             self._prefill_rate = _blend(self._prefill_rate, prefill / alone, 1)
         else:
-            self._decode_step_s = _blend(self._decode_step_s, self._step_s, self._stretch)
+            self._decode_step_s = _blend(self._decode_step_s, seconds / self._stretch, self._stretch)
         self._sample_s += seconds
         if self._sample_s >= 1.0:
             rate = (self.cache.released - self._sampled) / self._sample_s
             self._release_rate = _blend(self._release_rate, rate, 1)
             self._sample_s, self._sampled = 0.0, self.cache.released
+
+    def numbers(self) -> tuple[float, ...]:
+        """The part of `stats` that gateways keep, in the order of `FleetLoads.heard`."""
+        return (
+            len(self.running),
+            len(self.waiting),
+            self._queued,
+            self.cache.num_blocks,
+            self.cache.num_free,
+            self._prefill_rate,
+            self._decode_step_s,
+            self._release_rate,
+        )
 
     def stats(self) -> EngineStats:
         return EngineStats(

@@ -55,7 +55,8 @@ class TraceRequest:
 def read_trace(path: str | Path, limit: int | None = None) -> list[TraceRequest]:
     """Every request of a .jsonl (Mooncake or recorded) or .csv (Azure) trace, or the first `limit`, by arrival.
 
-    Raises TraceError naming the first bad line, OSError where the file cannot be opened.
+    A folder stands for all the .jsonl files in it, as several gateways write them. Raises TraceError naming the first
+    bad line, OSError where the file cannot be opened.
     """
     reader: Callable[[Iterable[str], str | Path], Iterator[TraceRequest]]
     reader = {".jsonl": _jsonl, ".csv": _azure}.get(Path(path).suffix, _unknown)
