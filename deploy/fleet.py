@@ -26,7 +26,7 @@ from pydantic import (
     model_validator,
 )
 
-from gateway.config import LEASE_S, GatewayConfig, Limits, Retries, ServedModel
+from gateway.config import LEASE_S, GatewayConfig, Limits, Retries, ServedModel, Traffic
 from policies import prices, yaml_text
 from replicas.engine.config import EngineConfig
 from replicas.engine.spec.config import Speculative
@@ -80,6 +80,7 @@ class EngineSettings(_Engine):  # type: ignore[valid-type, misc]
 FakeEngineSettings = _section("FakeEngineSettings", FakeSettings)
 GatewayLimits = _section("GatewayLimits", Limits)
 GatewayRetries = _section("GatewayRetries", Retries)
+GatewayTraffic = _section("GatewayTraffic", Traffic)
 
 
 # The bounds of a single answer are not for a fleet file; what the groups have anyway is theirs.
@@ -290,6 +291,13 @@ class Gateway(_Section):
     limits: GatewayLimits = GatewayLimits()  # type: ignore[valid-type]
     retries: GatewayRetries = GatewayRetries()  # type: ignore[valid-type]
     lease_s: float = Field(default=LEASE_S, ge=1.0, le=3600.0)
+    traffic: GatewayTraffic = GatewayTraffic()  # type: ignore[valid-type]
+
+    @field_validator("traffic")
+    @classmethod
+    def _traffic(cls, traffic: BaseModel) -> BaseModel:
+        _checked(Traffic, **_given(traffic))
+        return traffic
 
 
 class Fleet(_Section):
@@ -336,6 +344,7 @@ class Fleet(_Section):
             state_dir=state_dir,
             limits=Limits(**_given(gateway.limits)),
             retries=Retries(**_given(gateway.retries)),
+            traffic=Traffic(**_given(gateway.traffic)),
             upstreams=self.upstreams,
             lease_s=gateway.lease_s,
         )

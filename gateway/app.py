@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections.abc import AsyncGenerator, Mapping
@@ -9,6 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request, Response
@@ -43,6 +45,7 @@ from gateway.schemas import ErrorResponse, Health, ModelList, ModelObject
 from gateway.shadow import Shadows
 from gateway.telemetry import traces_wanted
 from gateway.totals import METRICS, Totals
+from gateway.traffic import FOLDER, TrafficRecorder
 from policies.selection import ModelGroup
 
 if TYPE_CHECKING:
@@ -135,6 +138,7 @@ class _Gateway:
                 shadows=shadows,
                 metrics=self.metrics,
                 book=book,
+                traffic=self._recorder(stack, secret),
                 tracing=tracing,
             )
             endpoints = {kind.id_prefix: Generate(kind, services) for kind in (CHAT, COMPLETION)}
@@ -144,6 +148,16 @@ class _Gateway:
                 yield
             finally:
                 self._running = None
+
+    def _recorder(self, stack: AsyncExitStack, secret: bytes) -> TrafficRecorder | None:
+        """What keeps traffic for replay, where the fleet file wants it and there is a directory to keep it in."""
+        config = self.config
+        if not (config.traffic.record and config.state_dir):
+            return None
+        recorder = TrafficRecorder(config.traffic, Path(config.state_dir) / FOLDER, config.gateway_id, secret)
+        recorder.start()
+        stack.push_async_callback(asyncio.to_thread, recorder.close)
+        return recorder
 
     async def _telemetry(self, stack: AsyncExitStack) -> Tracing | None:
         """Logs and traces, where the environment asks for them; `stack` ends both. ConfigError."""

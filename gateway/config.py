@@ -53,6 +53,20 @@ class Retries:
     retry_after_s: float = 2.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traffic:
+    """Whether hashes, lengths and times of requests are kept for replay, and how much of them; the oldest go first."""
+
+    record: bool = True
+    max_requests: int = 1_000_000
+    max_mib: float = 256.0
+    max_days: float = 7.0
+
+    def __post_init__(self) -> None:
+        if min(self.max_requests, self.max_mib, self.max_days) <= 0:
+            raise ConfigError("traffic: max_requests, max_mib and max_days must be positive")
+
+
 def new_gateway_id() -> str:
     """Unique among all gateway processes, living and dead."""
     return f"gw-{uuid.uuid4().hex[:12]}"
@@ -79,6 +93,7 @@ class GatewayConfig:
     gateway_id: str = field(default_factory=new_gateway_id)
     limits: Limits = field(default_factory=Limits)
     retries: Retries = field(default_factory=Retries)
+    traffic: Traffic = field(default_factory=Traffic)
     key_poll_s: float = 0.4
     key_stale_s: float = 0.9
     connect_timeout_s: float = 5.0

@@ -36,6 +36,7 @@ from gateway.responses import DONE, ChatShape, Collected, CompletionShape, Envel
 from gateway.rules import Rules, rules_for
 from gateway.shadow import Shadows
 from gateway.telemetry import Laps
+from gateway.traffic import TrafficRecorder
 from policies import limits
 from policies.selection import ModelGroup
 from replicas.protocol import InvalidRequest, NotSupported, RequestError, SignalboxError, Usage
@@ -76,6 +77,7 @@ class Services:
     shadows: Shadows
     metrics: Metrics
     book: RecordBook
+    traffic: TrafficRecorder | None = None
     tracing: Tracing | None = None
 
 
@@ -134,6 +136,8 @@ class Generate:
         finally:
             record.ended_s = time.perf_counter() - laps.began
             services.book.add(record)
+            if services.traffic is not None:
+                services.traffic.add(record, key.tenant)
 
     def _parse(self, body: bytes, rules: Rules) -> tuple[Request, RequestError | None]:
         """The request, and why no local engine can do it where it is one that an upstream may be able to do."""

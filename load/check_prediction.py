@@ -4,7 +4,7 @@
     python -m load.check_prediction --dir DIR --only calibrate     # or piece by piece: calibrate, rate, trace, killed
     python -m load.check_prediction --dir DIR --only report
 
-Two replicas of the default model with one thread each and a gateway run on this machine; every piece starts them anew. A
+Two replicas of the default model with one thread each and a gateway run on this machine, started for every piece. A
 scenario is run three times with the same requests at the same times (other words each time, so that no run
 finds the cache of the one before), and predicted by `signalbox simulate run` from the calibrated model alone. A figure
 holds if prediction and mean of the three runs differ by no more than 15 % or twice the runs' spread, whichever is more.

@@ -25,6 +25,7 @@ from replicas.protocol import block_hash, prefix_root
 
 __all__ = ["Autoscale", "Fleet", "Outage", "ReplicaShare", "SimRequest", "SimResult", "prepare", "simulate"]
 
+_WORD = 0x7FFFFFFF
 _MEMO = 1_000_000  # hashes of traced blocks that are remembered while more are made: some 250 bytes each
 
 
@@ -92,7 +93,7 @@ def prepared(requests: Iterable[TraceRequest], block_size: int = 16) -> Iterator
                 name, part, alone = alone, 0, alone - 1
             digest = known.get((parent, name, part))
             if digest is None:
-                digest = block_hash(parent, (name & 0x7FFFFFFF, part, *([0] * (block_size - 2))))
+                digest = block_hash(parent, (name & _WORD, name >> 31 & _WORD, name >> 62 & _WORD, part))
                 if request.prefix_ids:
                     known[parent, name, part] = digest
             parent = digest

@@ -13,7 +13,7 @@ Recorded traffic holds hashes, lengths and times, never a prompt. One JSON objec
 
 time: seconds, of any epoch. hashes: hexadecimal, one per full block of the prompt in order, each chained to the one
 before (as `replicas.protocol.block_hash` is), so that equal hashes mean equal prefixes; may be left out. Other keys are
-ignored.
+ignored; `policies.traffic` says what gateways write.
 """
 
 from __future__ import annotations
@@ -58,9 +58,20 @@ def read_trace(path: str | Path, limit: int | None = None) -> list[TraceRequest]
     A folder stands for all the .jsonl files in it, as several gateways write them. Raises TraceError naming the first
     bad line, OSError where the file cannot be opened.
     """
-    reader: Callable[[Iterable[str], str | Path], Iterator[TraceRequest]]
-    reader = {".jsonl": _jsonl, ".csv": _azure}.get(Path(path).suffix, _unknown)
     found: list[TraceRequest] = []
+    for file in sorted(Path(path).glob("*.jsonl")) if Path(path).is_dir() else [Path(path)]:
+        _read_file(file, found, limit)
+    if not found:
+        raise TraceError(path, 1, "holds no request")
+    found.sort(key=lambda request: request.arrival_s)
+    first = found[0].arrival_s
+    return [replace(request, arrival_s=request.arrival_s - first) for request in found]
+
+
+def _read_file(path: Path, found: list[TraceRequest], limit: int | None) -> None:
+    reader: Callable[[Iterable[str], str | Path], Iterator[TraceRequest]]
+    reader = {".jsonl": _jsonl, ".csv": _azure}.get(path.suffix, _unknown)
+    before = len(found)
     with open(path, encoding="utf-8", newline="") as lines:
         try:
             for request in reader(lines, path):
@@ -68,12 +79,7 @@ def read_trace(path: str | Path, limit: int | None = None) -> list[TraceRequest]
                     break
                 found.append(request)
         except UnicodeDecodeError as error:
-            raise TraceError(path, len(found) + 1, f"not UTF-8 from here on: {error.reason}") from None
-    if not found:
-        raise TraceError(path, 1, "holds no request")
-    found.sort(key=lambda request: request.arrival_s)
-    first = found[0].arrival_s
-    return [replace(request, arrival_s=request.arrival_s - first) for request in found]
+            raise TraceError(path, len(found) - before + 1, f"not UTF-8 from here on: {error.reason}") from None
 
 
 def scaled(requests: Sequence[TraceRequest], *, length_scale: int = 1, rate_scale: float = 1.0) -> list[TraceRequest]:
@@ -109,11 +115,13 @@ def _jsonl(lines: Iterable[str], path: str | Path) -> Iterator[TraceRequest]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
+            if read is recorded_request and not line.endswith("\n"):
+                return  # what a killed gateway was writing
             raise TraceError(path, number, f"not JSON: {error}") from None
         if not isinstance(record, dict):
             raise TraceError(path, number, "not a JSON object")
         if read is None:
-            read = _recorded if "prompt_tokens" in record else _mooncake
+            read = recorded_request if "prompt_tokens" in record else _mooncake
         yield read(record, path, number)
 
 
@@ -132,7 +140,8 @@ def _mooncake(record: dict[str, Any], path: str | Path, number: int) -> TraceReq
     )
 
 
-def _recorded(record: dict[str, Any], path: str | Path, number: int) -> TraceRequest:
+def recorded_request(record: dict[str, Any], path: str | Path, number: int) -> TraceRequest:
+    """One line of recorded traffic; its arrival is as the line says. TraceError."""
     prompt = _count(record.get("prompt_tokens"), "prompt_tokens", path, number)
     output = _count(record.get("output_tokens"), "output_tokens", path, number)
     block = _count(record.get("block_tokens", MOONCAKE_BLOCK_TOKENS), "block_tokens", path, number)
