@@ -64,7 +64,7 @@ def _names(fleet: Path | None) -> FleetNames | None:
     return FleetNames(tuple(model.name for model in models), tuple(alias for m in models for alias in m.aliases))
 
 
-def _register(database: str, fleet: Path | None = None) -> PolicyRegister:
+def register_of(database: str, fleet: Path | None = None) -> PolicyRegister:
     from gateway.policy_register import PolicyRegister
 
     url = database_url(database)
@@ -110,7 +110,7 @@ def _check(text: str, name: str, fleet: Path | None, database: str) -> tuple[Pol
     if fleet is not None:
         return checked(text, name, names=_names(fleet), predictors=paths.state_dir() / "predictors"), True
     if database or instance.running() is not None:
-        with _register(database) as register:
+        with register_of(database) as register:
             return register.validate(text, name), bool(register.gateways())
     return checked(text, name, predictors=paths.state_dir() / "predictors"), False
 
@@ -125,7 +125,7 @@ def _summary(document: PolicyDocument) -> str:
 def diff(file: Document, fleet: FleetFile = None, database: Database = "") -> None:
     """What a document would change of the active generation: "-" gone, "+" new, "~" changed."""
     text, name = _read(file)
-    with _register(database, fleet) as register:
+    with register_of(database, fleet) as register:
         _print_changes(register.diff(text, name))
 
 
@@ -140,14 +140,34 @@ def publish(
     parent: Annotated[
         int | None, typer.Option("--parent", help="Refuse unless this generation is the active one.")
     ] = None,
+    gate: Annotated[
+        str | None,
+        typer.Option("--gate", help='Refuse it where recorded traffic says so: "cost<=+0% ttft_p95<=+10%".'),
+    ] = None,
+    since: Annotated[str, typer.Option(help="How much recorded traffic the gate looks at.")] = "1d",
+    replica: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=MODEL.json", help="For the gate: a calibrated model.")
+    ] = None,
     fleet: FleetFile = None,
     database: Database = "",
 ) -> None:
     """Make a document serve. Returns when every live gateway serves by it; requests that run keep what they have."""
     share = _share(canary) if canary is not None else None
     text, name = _read(file)
-    with _register(database, fleet) as register:
-        change = register.publish(text, name=name, author=author or _user(), why=why, canary=share, parent=parent)
+    detail = ""
+    with register_of(database, fleet) as register:
+        who = author or _user()
+        if gate is not None:
+            from deploy.replay_cli import pass_gate, setting_of
+            from policies.gate import GateError, parse_gate
+
+            try:
+                parse_gate(gate)
+            except GateError as error:
+                raise typer.BadParameter(str(error), param_hint="--gate") from None
+            register.validate(text, name)
+            detail = pass_gate(register, text, gate, setting_of(since, None, fleet, replica), who)
+        change = register.publish(text, name=name, author=who, why=why, canary=share, parent=parent, detail=detail)
     _print_changed(change)
 
 
@@ -162,7 +182,7 @@ def rollback(
     database: Database = "",
 ) -> None:
     """Serve by an earlier generation again."""
-    with _register(database) as register:
+    with register_of(database) as register:
         change = register.rollback(author=author or _user(), why=why, to=generation)
     _print_changed(change)
 
@@ -176,7 +196,7 @@ def promote(
 ) -> None:
     """Serve more keys by the canary, or all. A larger share takes no key out."""
     wanted = _share(share)
-    with _register(database) as register:
+    with register_of(database) as register:
         change = register.promote(author=author or _user(), why=why, share=wanted)
     _print_changed(change)
 
@@ -184,7 +204,7 @@ def promote(
 @app.command()
 def cancel(author: Author = "", why: Why = "", database: Database = "") -> None:
     """End the canary: the active generation serves everybody."""
-    with _register(database) as register:
+    with register_of(database) as register:
         change = register.cancel(author=author or _user(), why=why)
     _print_changed(change)
 
@@ -198,7 +218,7 @@ def history(
     """The generations, newest first, and what serves."""
     from dataclasses import asdict
 
-    with _register(database) as register:
+    with register_of(database) as register:
         entries = register.history(limit)
     if as_json:
         typer.echo(json.dumps([asdict(entry) for entry in entries], indent=2))
@@ -216,7 +236,7 @@ def show(
     database: Database = "",
 ) -> None:
     """Print a generation's document as it was given."""
-    with _register(database) as register:
+    with register_of(database) as register:
         found = register.active() if generation is None else register.show(generation)
     typer.echo(f"# generation {found.number}, {found.author}, {when(found.created_at)}", err=True)
     typer.echo(found.document, nl=not found.document.endswith("\n"))
@@ -231,7 +251,7 @@ def audit(
     """Every change that was made or tried: who, when, what, why."""
     from dataclasses import asdict
 
-    with _register(database) as register:
+    with register_of(database) as register:
         entries = register.audit(limit)
     if as_json:
         typer.echo(json.dumps([asdict(entry) for entry in entries], indent=2))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from deploy import generations_cli, rightsize_cli, simulate_cli
+from deploy import generations_cli, replay_cli, rightsize_cli, simulate_cli
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -12,5 +12,5 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Publish, train, judge and simulate routing policies.",
 )
-for _part in (generations_cli.app, rightsize_cli.app, simulate_cli.app):
+for _part in (generations_cli.app, replay_cli.app, rightsize_cli.app, simulate_cli.app):
     app.registered_commands += _part.registered_commands

@@ -23,7 +23,7 @@ app = typer.Typer(
     help="Calibrate the simulator on a measured run, and let it tell what another would bring.",
 )
 
-Replicas = Annotated[int, typer.Option(min=1, help="Of the model; wins over the fleet file.")]
+Replicas = Annotated[int, typer.Option(min=0, help="How many; 0 is what the fleet file says, else 1.")]
 FleetFile = Annotated[
     Path | None, typer.Option("--fleet", help="Fleet file: replicas, gateways and the engine's settings.")
 ]
@@ -42,7 +42,7 @@ def calibrate(
     fleet: FleetFile = None,
     model: ModelName = "",
     replicas: Replicas = 0,
-    blocks: Annotated[int, typer.Option(min=1, help="KV blocks of a replica; wins over the fleet file.")] = 0,
+    blocks: Annotated[int, typer.Option(min=0, help="KV blocks of a replica; 0 is what the fleet file says.")] = 0,
 ) -> None:
     """Find the replica model that explains a run: times of a step, prefill rate, the gateway's share.
 
@@ -83,7 +83,7 @@ def run(
     fleet: FleetFile = None,
     model: ModelName = "",
     replicas: Replicas = 0,
-    blocks: Annotated[int, typer.Option(min=1, help="KV blocks of a replica; wins over the fleet file.")] = 0,
+    blocks: Annotated[int, typer.Option(min=0, help="KV blocks of a replica; 0 is what the fleet file says.")] = 0,
     outage: Annotated[
         list[str] | None,
         typer.Option(metavar="N@AT:FOR", help="Replica N dies AT s and is back FOR s later; repeatable."),
@@ -194,7 +194,11 @@ def described_fleet(
         if found is None:
             names = ", ".join(one.name for one in file.local)
             raise typer.BadParameter(f"{fleet} has no model {name!r} of its own; it has {names}", param_hint="--model")
-        model, gateways, count = model_of(found.engine, found.settings), file.gateway.replicas, found.replicas.min
+        model, gateways, count = (
+            model_of(getattr(found, "engine", ""), found.settings),
+            file.gateway.replicas,
+            found.replicas.min,
+        )
     if replica is not None:
         model, gateway_s = read_replica(replica)
     if blocks:

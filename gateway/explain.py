@@ -102,6 +102,7 @@ class Record:
     ended_s: float | None = None
     status: int = 0
     error: str | None = None
+    failure: str = ""
 
     def release(self) -> None:
         """The caller has been answered: forget prompts and bodies."""

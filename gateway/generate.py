@@ -126,6 +126,7 @@ class Generate:
             record.status = exchange.status
         except SignalboxError as error:
             record.status, record.error = http_error(error).status, error.message
+            record.failure = type(error).__name__
             raise
         except (ClientGone, asyncio.CancelledError):
             record.status = _CLIENT_GONE

@@ -10,6 +10,7 @@ switches, `policy_follower` obeys them.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -142,6 +143,16 @@ def ahead(connection: Connection, after: int) -> list[Switch]:
 
 def switch(connection: Connection, number: int) -> Switch:
     return _first_switch(connection, select(policy_switches).where(policy_switches.c.number == number))
+
+
+def served(connection: Connection, generation: int) -> list[tuple[float, float]]:
+    """The times at which a generation was active or a canary, oldest first; each ends when the next switch counts."""
+    rows = connection.execute(_committed().order_by(policy_switches.c.number)).all()
+    switches = [_switch(row) for row in rows]
+    ends = [one.activate_at or 0.0 for one in switches[1:]] + [math.inf]
+    return [
+        (one.activate_at or 0.0, end) for one, end in zip(switches, ends, strict=True) if generation in one.generations
+    ]
 
 
 def propose(connection: Connection, change: Switch) -> None:

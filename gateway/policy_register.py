@@ -139,17 +139,19 @@ class PolicyRegister:
         name: str = "policy",
         canary: float | None = None,
         parent: int | None = None,
+        detail: str = "",
     ) -> Change:
         """A new generation for everybody, or as a canary for a share of the keys.
 
         canary: the share; by default what the document says of itself, and 1 is everybody. parent: refuse with
-        PolicyConflict unless this generation is the active one. Raises DocumentError, PolicyConflict, PublishRefused.
+        PolicyConflict unless this generation is the active one. detail: for the audit log, what a gate said. Raises
+        DocumentError, PolicyConflict, PublishRefused.
         """
         _check_words(author, why)
         try:
             document = self.validate(text, name)
         except DocumentError as error:
-            self._note_refusal("publish", author, why, error.message)
+            self.note_refusal("publish", author, why, error.message)
             raise
         share = canary if canary is not None else document.canary.share if document.canary else 1.0
         _check_share(share)
@@ -170,8 +172,8 @@ class PolicyRegister:
             )
             diff = tuple(changes(before.normalised, new.normalised))
             if share < 1:
-                return Plan(now.active, new.number, share, new, diff)
-            return Plan(new.number, new=new, diff=diff)
+                return Plan(now.active, new.number, share, new, diff, detail)
+            return Plan(new.number, new=new, diff=diff, detail=detail)
 
         return self._change("publish", author, why, plan)
 
@@ -220,7 +222,7 @@ class PolicyRegister:
         try:
             proposal, made = self._write(lambda connection: proposals.propose(connection, action, author, plan))
         except (InvalidRequest, PolicyConflict, UnknownGeneration) as error:
-            self._note_refusal(action, author, why, error.message)
+            self.note_refusal(action, author, why, error.message)
             raise
         try:
             committed = self._decide(proposal, made, why)
@@ -272,7 +274,12 @@ class PolicyRegister:
             time.sleep(remaining)
         return Change(committed, made.diff, tuple(sorted(everybody)), max(0.0, late_s), tuple(sorted(late)))
 
-    def _note_refusal(self, action: str, author: str, why: str, reason: str) -> None:
+    def switches(self, generation: int) -> list[tuple[float, float]]:
+        """From when to when the generation served somebody, in Unix seconds; infinity while it still does."""
+        return self._read(lambda connection: generations.served(connection, generation))
+
+    def note_refusal(self, action: str, author: str, why: str, reason: str) -> None:
+        """An audit row of what was not even proposed."""
         self._write(
             lambda connection: generations.audit(
                 connection, actor=author, action=action, target="", why=why, outcome="refused", detail=reason

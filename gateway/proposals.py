@@ -27,6 +27,7 @@ class Plan:
     share: float = 0.0
     new: StoredGeneration | None = None
     diff: tuple[str, ...] = ()
+    detail: str = ""
 
     @property
     def target(self) -> int:
@@ -97,7 +98,7 @@ def commit(connection: Connection, proposal: Switch, made: Plan, why: str, notic
     before = generations.latest(connection).activate_at or 0.0
     moment = max(at + notice if gateways else at, before)
     generations.settle(connection, proposal.number, COMMITTED, moment)
-    note(connection, proposal, made, why)
+    note(connection, proposal, made, why, detail=made.detail)
     return replace(proposal, state=COMMITTED, activate_at=moment)
 
 

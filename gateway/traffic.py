@@ -144,6 +144,7 @@ class TrafficRecorder:
             "model": step.model if 200 <= record.status < 300 else "",
             "generation": record.generation,
             "status": record.status,
+            "failure": record.failure,
             "max_tokens": max_tokens,
             "cached_tokens": usage.cached_tokens,
             "ttft_s": None if step.ttft_s is None else round(step.ttft_s, 6),

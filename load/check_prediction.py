@@ -106,20 +106,25 @@ class Instance:
         return f"http://127.0.0.1:{self.port}"
 
     def command(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "SIGNALBOX_HOME": str(self.home)}
-        key = self.home / "first-key"
-        if key.exists():
-            environment["SIGNALBOX_API_KEY"] = key.read_text().strip()
-        ran = subprocess.run(
+        run = self.start(*arguments)
+        out, err = run.communicate()
+        if check and run.returncode:
+            raise SystemExit(f"signalbox {' '.join(arguments)}: {err or out}")
+        return subprocess.CompletedProcess(arguments, run.returncode, out, err)
+
+    def start(self, *arguments: str, api_key: str = "") -> subprocess.Popen[str]:
+        """A `signalbox` command of this instance's home; by default with its first key."""
+        environment = {**os.environ, "SIGNALBOX_HOME": str(self.home), "COLUMNS": "150"}
+        first = self.home / "first-key"
+        if api_key or first.exists():
+            environment["SIGNALBOX_API_KEY"] = api_key or first.read_text().strip()
+        return subprocess.Popen(
             [sys.executable, "-m", "deploy.cli", *arguments],
             env=environment,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            check=False,
         )
-        if check and ran.returncode:
-            raise SystemExit(f"signalbox {' '.join(arguments)}: {ran.stderr or ran.stdout}")
-        return ran
 
     def ready(self) -> int:
         try:
@@ -163,17 +168,18 @@ def _listener(port: int) -> int:
 
 
 @contextmanager
-def running(folder: Path) -> Iterator[Instance]:
+def started(folder: Path, text: str, replicas: int) -> Iterator[Instance]:
+    """An instance of the fleet file `text` with a home of its own below the folder; taken down at the end."""
     home = folder / "home"
     home.mkdir(parents=True, exist_ok=True)
     fleet = folder / "fleet.yaml"
-    fleet.write_text(FLEET)
+    fleet.write_text(text)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         instance = Instance(home, free.getsockname()[1])
     instance.command("up", str(fleet), "--detach", "--port", str(instance.port))
     try:
-        instance.await_ready(2)
+        instance.await_ready(replicas)
         yield instance
     finally:
         instance.command("down", check=False)
@@ -222,24 +228,24 @@ def write_trace(folder: Path, scenario: Scenario) -> Path:
 def calibrate(folder: Path) -> None:
     """The one run that the simulator may learn from, and how long a killed replica takes to come back."""
     trace, out = write_trace(folder, CALIBRATE), folder / "calibrate.json"
-    with running(folder) as instance:
+    with started(folder, FLEET, 2) as instance:
         send(instance, write_trace(folder, Scenario("warm", 2.0, 5.0, 2, 6, (24, 200), (6, 40))), folder / "w.json", 9)
         figures = send(instance, trace, out, 1)
         instance.kill_replica()
         instance.await_ready(1)
         down_s = instance.await_ready(2)
+    (folder / "calibrate.figures.json").write_text(json.dumps({**figures, "down_s": down_s}))
     instance.command(
         *("simulate", "calibrate", str(out), "--trace", str(trace), "--fleet", str(folder / "fleet.yaml")),
         *("--out", str(folder / "model.json")),
     )
-    (folder / "calibrate.figures.json").write_text(json.dumps({**figures, "down_s": down_s}))
     print(f"calibrated on {figures['completed']} requests; a killed replica is back after {down_s:.1f} s")
 
 
 def live(folder: Path, scenario: Scenario) -> None:
     """Three repeats; each with words of its own."""
     trace, found = write_trace(folder, scenario), []
-    with running(folder) as instance:
+    with started(folder, FLEET, 2) as instance:
         send(instance, write_trace(folder, Scenario("warm", 2.0, 5.0, 2, 6, (24, 200), (6, 40))), folder / "w.json", 9)
         for repeat in range(REPEATS):
             killer = threading.Timer((scenario.kill_at_s or 0.0) + 1.0, instance.kill_replica)

@@ -121,7 +121,8 @@ def fit(observed: Observed, fleet: Fleet, *, rounds: int = 260) -> Calibration:
     def loss(point: Floats) -> float:
         if np.abs(point).max() > 25:
             return math.inf
-        return sum(float(np.minimum(off, 2.0).mean()) for off in _off(observed, fleet_of(point)))
+        ttft, tpot, shapes = (float(np.minimum(off, 2.0).mean()) for off in _off(observed, fleet_of(point)))
+        return ttft + tpot + 4 * shapes
 
     best = nelder_mead(loss, _guess(observed), rounds=rounds)
     best = nelder_mead(loss, best, rounds=rounds // 2, size=0.15)  # once more, from a fresh simplex
@@ -188,4 +189,5 @@ def nelder_mead(loss: Callable[[Floats], float], start: Floats, *, rounds: int, 
                 scored.sort(key=lambda one: one[:2])
                 continue
         scored = sorted([*scored[:-1], (value, number, point)], key=lambda one: one[:2])
-    return scored[0][2]
+    found: Floats = scored[0][2]
+    return found

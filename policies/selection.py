@@ -10,9 +10,16 @@ from policies import prices
 from policies.budget import PICO, Price
 from policies.document import Group, PolicyDocument, Prices
 from policies.rightsize.cascade import Cascade
-from policies.rightsize.choose import ModelChoice, PricedModel, RightSizeRequest, RightSizeView, Trade, right_size
+from policies.rightsize.choose import (
+    ModelChoice,
+    Predicts,
+    PricedModel,
+    RightSizeRequest,
+    RightSizeView,
+    Trade,
+    right_size,
+)
 from policies.rightsize.guarantee import Promise
-from policies.rightsize.predictor import Predictor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +29,7 @@ class ModelGroup:
     name: str
     models: tuple[PricedModel, ...]
     trade: Trade | None = None
-    predictor: Predictor | None = None
+    predictor: Predicts | None = None
     expected_output_tokens: float = 0.0
     cascade: Cascade | None = None
     promise: Promise | None = None
@@ -84,7 +91,7 @@ def price_of(model: str, stated: Mapping[str, float], document: PolicyDocument) 
 
 
 def group_of(
-    name: str, group: Group, document: PolicyDocument, priced: Mapping[str, Price], predictor: Predictor | None
+    name: str, group: Group, document: PolicyDocument, priced: Mapping[str, Price], predictor: Predicts | None
 ) -> ModelGroup:
     """A group of the document made concrete."""
     settings = group.right_size

@@ -13,13 +13,17 @@ from policies.sim_pool import Site, Ticket
 
 Floats = np.ndarray[tuple[int], np.dtype[np.float64]]
 
-# How a request ended. OPEN is no end: at the end of a simulation nobody has it.
-OPEN, COMPLETED, TOO_LONG, UNAVAILABLE, CUT, LIMITED, BLOCKED = range(7)
+# How a request ended. OPEN is no end: at the end of a simulation nobody has it. LIMITED: by a rate limit, BLOCKED: by a
+# budget, UNKNOWN: no model of the name.
+OPEN, COMPLETED, TOO_LONG, UNAVAILABLE, CUT, LIMITED, BLOCKED, UNKNOWN = range(8)
 ENDS = {"too_long": TOO_LONG, "unavailable": UNAVAILABLE, "cut": CUT}
 
 
 class Outcomes:
-    """One entry a request, in the order of their arrival. Seconds count from the arrival at the gateway."""
+    """One entry a request, in the order of their arrival. Seconds count from the arrival at the gateway.
+
+    cost: pico-dollars. model: the last one that was asked, by its number in the world; -1 where none was.
+    """
 
     def __init__(self) -> None:
         self.arrived = array("d")
@@ -29,6 +33,9 @@ class Outcomes:
         self.output_tokens = array("q")
         self.cached_tokens = array("q")
         self.ends = array("B")
+        self.cost = array("q")
+        self.model = array("h")
+        self.generation = array("l")
 
     def __len__(self) -> int:
         return len(self.arrived)
@@ -42,6 +49,9 @@ class Outcomes:
         self.output_tokens.append(0)
         self.cached_tokens.append(0)
         self.ends.append(OPEN)
+        self.cost.append(0)
+        self.model.append(-1)
+        self.generation.append(0)
         return len(self.arrived) - 1
 
     def first(self, ticket: Ticket, now: float) -> None:

@@ -39,7 +39,10 @@ _Report = tuple[tuple[float, ...], bool, tuple[int, ...]]
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """A request at its gateway. shown: its first token went out. placed: the replica it is at, while it is at one."""
+    """A request at its gateway. shown: its first token went out. placed: the replica it is at, while it is at one.
+
+    patient: a replica is waited for, if there is none. refused: the last one that was tried had a full queue.
+    """
 
     number: int
     request: SimRequest
@@ -52,6 +55,8 @@ class Ticket:
     shown: bool = False
     placed: Site | None = None
     cached: int = 0
+    patient: bool = True
+    refused: bool = False
 
 
 class Desk(Protocol):
@@ -151,6 +156,18 @@ class Pool:
         if self.fleet.autoscale is not None:
             self._clock.at(now + self.fleet.autoscale.look_s, self._look)
 
+    def ready(self) -> int:
+        """How many replicas take work, as gateways know it."""
+        return int(self._gateways[0].loads.view().eligible.sum())
+
+    def check(self, now: float) -> None:
+        """Nothing is left of any request; AssertionError."""
+        for site in self.sites.values():
+            if site.alive:
+                site.replica.check_integrity()
+            assert not site.tickets, f"{site.name} still has requests at {now}"
+        assert not self._waiting, "a request still waits for a replica"
+
     # ---------------------------------------------------------------- at a gateway
 
     def ask(self, ticket: Ticket, now: float) -> None:
@@ -165,6 +182,9 @@ class Pool:
             view = gateway.loads.view(ticket.tried) if ticket.tried else gateway.loads.view()
             decision = self._policies[ticket.policy](ticket.route, view, now, gateway.rng)
         except NoReplica:
+            if ticket.refused or not ticket.patient:  # a full queue is not waited for, only tried elsewhere
+                self._desk.failed(ticket, "unavailable", now)
+                return
             self._waiting[ticket] = None
             self._clock.at(ticket.deadline, self._give_up, ticket)
             return
@@ -202,6 +222,15 @@ class Pool:
             name, process = site.name, str(incarnation)
             for gateway, last in zip(self._gateways, admitted, strict=True):
                 gateway.loads.heard(name, process, numbers, ready=ready, admitted=last)
+
+    def _told_full(self, site: Site, incarnation: int, ticket: Ticket, now: float) -> None:
+        self._left(site, incarnation, ticket.gateway, now)
+        ticket.refused = True
+        ticket.tried = (*ticket.tried, site.name)
+        if ticket.attempts >= self.fleet.attempts:
+            self._desk.failed(ticket, "unavailable", now)
+        else:
+            self.ask(ticket, now)
 
     def _lost(self, ticket: Ticket, name: str, now: float) -> None:
         """The gateway learns that the replica died under this request."""
@@ -322,6 +351,10 @@ class Pool:
         if not site.replica.fits(seq):
             self._clock.at(now + self.fleet.lag_s, self._told_refused, site, incarnation, ticket)
             return
+        if site.replica.is_full():
+            self._clock.at(now + self.fleet.lag_s, self._told_full, site, incarnation, ticket)
+            return
+        ticket.refused = False
         site.requests += 1
         site.tickets[ticket.number] = ticket
         ticket.placed = site

@@ -6,7 +6,7 @@ A line holds what `policies.traces` reads (time, prompt_tokens, output_tokens, b
 
     key_id, key, team      whose request; the policy that serves a key and its budgets go by them
     asked, model           the name that was asked for, and the model that answered ("" where none did)
-    generation, status     the policy's, and the HTTP status
+    generation, status     the policy's, and the HTTP status; failure: the kind of error, "" where there was none
     max_tokens             what was reserved for; cached_tokens: of the prompt, found in a prefix cache
     ttft_s, e2e_s          seconds from the request's arrival at the gateway; null where there was none
     cost                   pico-dollars
@@ -39,6 +39,7 @@ class Recorded:
     model: str = ""
     generation: int = 0
     status: int = 200
+    failure: str = ""
     max_tokens: int = 0
     cached_tokens: int = 0
     ttft_s: float | None = None
@@ -92,7 +93,7 @@ def _read(path: Path) -> Iterator[Recorded]:
             yield _recorded(record, path, number)
 
 
-_TEXTS = ("key_id", "key", "team", "asked", "model")
+_TEXTS = ("key_id", "key", "team", "asked", "model", "failure")
 _COUNTS = ("generation", "status", "max_tokens", "cached_tokens", "cost")
 _TIMES = ("ttft_s", "e2e_s")
 
@@ -102,7 +103,7 @@ def _recorded(record: dict[str, Any], path: Path, number: int) -> Recorded:
     for names, kinds in ((_TEXTS, str), (_COUNTS, int), (_TIMES, int | float | None)):
         for name in names:
             if name in record:
-                if not isinstance(record[name], kinds) or isinstance(record[name], bool):  # type: ignore[arg-type]
+                if not isinstance(record[name], kinds) or isinstance(record[name], bool):
                     raise TraceError(path, number, f"{name} cannot be {record[name]!r}")
                 stated[name] = record[name]
     quality = record.get("quality", {})

@@ -9,10 +9,25 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from policies.rightsize.defaults import UNTRAINED, untrained_quality
-from policies.rightsize.predictor import Predictor
 from replicas.protocol import ConfigError, NoReplica
+
+
+class Predicts(Protocol):
+    """What a choice must have of a predictor: `policies.rightsize.predictor.Predictor` is one."""
+
+    @property
+    def models(self) -> tuple[str, ...]: ...
+    @property
+    def name(self) -> str: ...
+    def predict(self, text: str) -> NDArray[np.float32]:
+        """Quality of each of `models`, 0..1."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +164,7 @@ class RightSizeView:
 
     models: Sequence[PricedModel]
     trade: Trade
-    predictor: Predictor | None = None
+    predictor: Predicts | None = None
     expected_output_tokens: float = 256.0
     safety_scale: float = 1.0
     strong: str | None = None
