@@ -118,6 +118,12 @@ def simulate(ctx: typer.Context) -> None:
     _call("deploy.simulator_cli", "app", ctx)
 
 
+@app.command(context_settings=_PASS_ON)
+def frontier(ctx: typer.Context) -> None:
+    """Sweep a policy knob and the load on recorded traffic: cost against goodput."""
+    _call("deploy.frontier_cli", "frontier", ctx)
+
+
 @app.command("admin-token", context_settings=_PASS_ON)
 def admin_token(ctx: typer.Context) -> None:
     """Create, list and revoke the tokens that open /admin."""
