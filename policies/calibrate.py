@@ -162,7 +162,8 @@ def _guess(observed: Observed) -> Floats:
     quickest = max(float(observed.ttft_s.min()) * 0.1, 1e-4)
     start = {"prefill_rate": rate, "step_s": step * 0.1, "floor_s": step * 0.7, "decode_s": step * 0.1}
     start["context_s"] = step * 1e-5
-    return np.log(np.array([*(start[name] for name in _RATES), quickest]))
+    found: Floats = np.log(np.array([*(start[name] for name in _RATES), quickest]))
+    return found
 
 
 def nelder_mead(loss: Callable[[Floats], float], start: Floats, *, rounds: int, size: float = 0.5) -> Floats:

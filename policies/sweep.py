@@ -125,7 +125,7 @@ def _point(outcomes: Outcomes, slo: Slo, value: Any, load: float, *, live: bool)
 
 
 def plot(points: Sequence[Point], knob: str, path: str) -> None:
-    """Cost per million in-SLO tokens over goodput as a PNG, a line for every value, the live point a star. Needs matplotlib."""
+    """Cost per million in-SLO tokens over goodput, the live point a star; a PNG, by matplotlib."""
     import matplotlib  # type: ignore[import-not-found, unused-ignore]
 
     matplotlib.use("Agg")
@@ -134,10 +134,10 @@ def plot(points: Sequence[Point], knob: str, path: str) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 5))
     for value in dict.fromkeys(point.value for point in points if not point.live):
         rows = sorted((p for p in points if not p.live and p.value == value), key=lambda p: p.load)
-        shown = [p for p in rows if p.usd_per_million is not None]
-        axes.plot([p.goodput for p in shown], [p.usd_per_million for p in shown], marker="o", label=f"{value}")
-        for p in shown:
-            axes.annotate(f"x{p.load:g}", (p.goodput, p.usd_per_million), fontsize=7)
+        shown = [(p.goodput, p.usd_per_million, p.load) for p in rows if p.usd_per_million is not None]
+        axes.plot([x for x, _, _ in shown], [y for _, y, _ in shown], marker="o", label=f"{value}")
+        for x, y, load in shown:
+            axes.annotate(f"x{load:g}", (x, y), fontsize=7)
     for p in points:
         if p.live and p.usd_per_million is not None:
             axes.plot([p.goodput], [p.usd_per_million], marker="*", markersize=16, color="black", label="live")

@@ -1,4 +1,4 @@
-"""`policy replay`, the gate of `policy publish`, `policy score` and `frontier` on traffic in a file, without an instance."""
+"""`policy replay`, `policy publish --gate`, `policy score` and `frontier` on traffic in a file, without an instance."""
 
 from __future__ import annotations
 
