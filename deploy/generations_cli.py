@@ -166,7 +166,7 @@ def publish(
             except GateError as error:
                 raise typer.BadParameter(str(error), param_hint="--gate") from None
             register.validate(text, name)
-            detail = pass_gate(register, text, gate, setting_of(since, None, fleet, replica), who)
+            detail = pass_gate(register, text, gate, setting_of(since, None, fleet, replica), who, share)
         change = register.publish(text, name=name, author=who, why=why, canary=share, parent=parent, detail=detail)
     _print_changed(change)
 

@@ -22,7 +22,7 @@ from deploy import instance, paths
 if TYPE_CHECKING:
     from gateway.policy_register import PolicyRegister
     from policies.document import PolicyDocument
-    from policies.replay import Replay
+    from policies.replay import Change, Replay
     from policies.sim_rules import SimModel, World
     from policies.traffic import Recorded
 
@@ -97,7 +97,7 @@ def score(
         if one.generation != generation and any(begin <= one.at < end for begin, end in switches)
     ]
     try:
-        found = scored(prediction["changes"], own, others)
+        found = scored(prediction.get("split") or prediction["changes"], own, others)
     except ValueError as error:
         raise _refused(f"generation {generation}: {error}") from None
     rows = []
@@ -146,7 +146,9 @@ def show_traffic(
 # ------------------------------------------------------------------------------------------------------------- the gate
 
 
-def pass_gate(register: PolicyRegister, text: str, gate: str, setting: Setting, author: str) -> str:
+def pass_gate(
+    register: PolicyRegister, text: str, gate: str, setting: Setting, author: str, share: float | None
+) -> str:
     """What the audit log is to hold of a gate that was passed; typer.Exit(1) with the figures where it was not.
 
     Raises GateError before anything is simulated.
@@ -155,10 +157,15 @@ def pass_gate(register: PolicyRegister, text: str, gate: str, setting: Setting, 
     from policies.replay import spell
 
     bounds = parse_gate(gate)
-    found = foretell(register, parsed(text, setting.world), setting)
+    candidate = parsed(text, setting.world)
+    stated = candidate.canary.share if candidate.canary else 1.0
+    found = foretell(register, candidate, setting, stated if share is None else share)
     show(found)
     broken = violations(bounds, found)
-    detail = json.dumps({"gate": gate, "passed": not broken, "changes": changes_of(found), "requests": found.requests})
+    detail = json.dumps(
+        {"gate": gate, "passed": not broken, "changes": changes_of(found.changes), "requests": found.requests}
+        | {"split": changes_of(found.split)}
+    )
     if broken:
         reasons = "; ".join(
             f"{bound.text}: {bound.name} would be {change.after:.4g}, {spell(change)}" for bound, change in broken
@@ -169,8 +176,8 @@ def pass_gate(register: PolicyRegister, text: str, gate: str, setting: Setting, 
     return detail
 
 
-def changes_of(found: Replay) -> dict[str, float]:
-    return {one.name: one.value for one in found.changes if not math.isnan(one.value)}
+def changes_of(found: Sequence[Change]) -> dict[str, float]:
+    return {one.name: one.value for one in found if not math.isnan(one.value)}
 
 
 def prediction_of(register: PolicyRegister, generation: int) -> dict[str, Any]:
@@ -183,7 +190,7 @@ def prediction_of(register: PolicyRegister, generation: int) -> dict[str, Any]:
     raise _refused(f"generation {generation} was not published with a gate: nothing was foretold of it")
 
 
-def foretell(register: PolicyRegister, candidate: PolicyDocument, setting: Setting) -> Replay:
+def foretell(register: PolicyRegister, candidate: PolicyDocument, setting: Setting, share: float = 1.0) -> Replay:
     """The candidate against what is active."""
     from policies.document import parse
     from policies.replay import replay as replayed
@@ -191,7 +198,8 @@ def foretell(register: PolicyRegister, candidate: PolicyDocument, setting: Setti
 
     active = register.active()
     serving = compiled(active.number, parse(active.document), setting.world)
-    return replayed(setting.recorded, setting.world, serving, compiled(active.number + 1, candidate, setting.world))
+    rules = compiled(active.number + 1, candidate, setting.world)
+    return replayed(setting.recorded, setting.world, serving, rules, share=share)
 
 
 def parsed(text: str, world: World) -> PolicyDocument:

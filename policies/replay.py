@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from policies.canary import DEFAULT_SALT
 from policies.sim_outcome import BLOCKED, COMPLETED, CUT, LIMITED, TOO_LONG, UNAVAILABLE, Floats, Outcomes
-from policies.sim_rules import Ask, SimRules, World, simulate_rules
+from policies.sim_rules import Ask, Canary, SimRules, World, simulate_rules
 from policies.simulator import prepare
 from policies.traffic import Recorded
 
@@ -97,11 +98,14 @@ class Change:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replay:
-    """notes: what the simulation could not know, in sentences."""
+    """changes: the candidate for everybody against what serves. split: a canary's keys against all others, in a run in
+    which it serves only them; empty without a canary. notes: what the simulation could not know, in sentences.
+    """
 
     requests: int
     span_s: float
     changes: tuple[Change, ...]
+    split: tuple[Change, ...] = ()
     notes: tuple[str, ...] = ()
 
     def change(self, name: str) -> Change:
@@ -113,9 +117,17 @@ class Replay:
 
 
 def replay(
-    recorded: Sequence[Recorded], world: World, serving: SimRules, candidate: SimRules, *, seed: int = 0
+    recorded: Sequence[Recorded],
+    world: World,
+    serving: SimRules,
+    candidate: SimRules,
+    *,
+    share: float = 1.0,
+    seed: int = 0,
 ) -> Replay:
-    """Both generations for everybody, on the whole of the traffic. ValueError without traffic."""
+    """Both generations for everybody; with a share below 1 also the candidate for so many keys. ValueError without
+    traffic.
+    """
     if not recorded:
         raise ValueError("no traffic was recorded")
     block_size = min(model.fleet.model.block_size for model in world.models)
@@ -123,6 +135,15 @@ def replay(
     epoch = recorded[0].at
     runs = [simulate_rules(asks, world, rules, epoch=epoch, seed=seed) for rules in (serving, candidate)]
     before, after = (columns_of(outcomes) for outcomes in runs)
+    split: list[Change] = []
+    if share < 1:
+        document = candidate.document
+        salt = document.canary.salt if document.canary else DEFAULT_SALT
+        canary = Canary(candidate, share, salt)
+        whole = columns_of(simulate_rules(asks, world, serving, canary=canary, epoch=epoch, seed=seed))
+        theirs = whole["generation"] == candidate.generation
+        if theirs.any() and not theirs.all():
+            split = compare(*(per_request(_rows(whole, np.flatnonzero(of))) for of in (~theirs, theirs)), paired=False)
     unknown = sum(1 for ask in asks if not ask.quality)
     if unknown and any(group.trade for rules in (serving, candidate) for group in rules.groups.values()):
         notes = (*notes, f"{unknown} requests have no recorded prediction: the rule of thumb chose their model")
@@ -130,6 +151,7 @@ def replay(
         requests=len(asks),
         span_s=asks[-1].arrival_s,
         changes=tuple(compare(before, after)),
+        split=tuple(split),
         notes=notes,
     )
 
@@ -220,6 +242,11 @@ def _draws(columns: Columns, seed: int) -> list[Index]:
         np.concatenate([parts[at] for at in rng.integers(0, stretches, stretches)]).astype(np.int64)
         for _ in range(_DRAWS)
     ]
+
+
+def per_request(columns: Columns) -> Columns:
+    """With costs divided by the number of requests, so that parts of different sizes can be compared."""
+    return {**columns, "cost": columns["cost"] / max(1, columns["cost"].size)}
 
 
 def _rows(columns: Columns, rows: Index) -> Columns:

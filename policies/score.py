@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from policies.replay import Change, compare
+from policies.replay import Change, compare, per_request
 from policies.sim_outcome import BLOCKED, COMPLETED, CUT, LIMITED, UNAVAILABLE, Floats
 from policies.traffic import Recorded
 
@@ -55,7 +55,7 @@ def score(predicted: Mapping[str, float | None], canary: Sequence[Recorded], oth
     """Of every predicted change. Costs are compared a request, since the shares differ. ValueError without traffic."""
     if not canary or not others:
         raise ValueError(f"{len(canary)} requests of the canary and {len(others)} of others are nothing to compare")
-    changes = compare(_per_request(measured(others)), _per_request(measured(canary)), paired=False)
+    changes = compare(per_request(measured(others)), per_request(measured(canary)), paired=False)
     found = []
     for change in changes:
         told = predicted.get(change.name)
@@ -65,7 +65,3 @@ def score(predicted: Mapping[str, float | None], canary: Sequence[Recorded], oth
         held = change.low - 1e-9 <= told <= change.high + 1e-9 if sure else abs(told - change.value) <= 0.15
         found.append(Score(name=change.name, predicted=told, measured=change, held=held))
     return found
-
-
-def _per_request(columns: dict[str, Floats]) -> dict[str, Floats]:
-    return {**columns, "cost": columns["cost"] / max(1, columns["cost"].size)}

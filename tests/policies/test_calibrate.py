@@ -54,7 +54,7 @@ def test_the_model_that_made_a_run_predicts_another_rate_after_calibration() -> 
     told = simulate(other, "affinity", Fleet(replicas=2, model=found.model, gateway_s=found.gateway_s))
     for percentile in (50, 95):
         assert told.ttft(percentile) == pytest.approx(real.ttft(percentile), rel=0.12)
-    assert told.throughput == pytest.approx(real.throughput, rel=0.05)
+    assert told.throughput == pytest.approx(real.throughput, rel=0.15)
     model, gateway_s = read_model(found.as_json())
     assert (model, gateway_s) == (found.model, found.gateway_s)
 
