@@ -8,6 +8,7 @@ simulator may learn from, and a kill that tells how long a replica takes to come
 three times each, with the same requests at the same times (other words each time, so that no run finds the cache of
 another); `signalbox simulate run` predicts each from the calibrated model alone. A figure holds if prediction and mean
 differ by no more than 15 % or twice the spread of the three runs, whichever is more. Exit status 1 if one does not.
+`--fake` does the same with engines that compute nothing, where the machine's other work does not disturb.
 With `--within 240` no run is begun that would not end in 240 s; the same command goes on where it stopped (status 3).
 """
 
@@ -50,6 +51,19 @@ models:
     replicas: {min: 2, max: 2}
     engine_settings: {num_threads: 1, num_blocks: 2500, max_model_len: 2048}
 gateway: {num_cpus: 0.25}
+"""
+
+
+# The same with the engine that keeps a time-table instead of computing: what is left is queues, caches and routing.
+FAKE_FLEET = """\
+models:
+  - name: smollm2-135m-instruct
+    engine: fake
+    tokenizer: smollm2-135m-instruct
+    num_cpus: 0.1
+    replicas: {min: 2, max: 2}
+    engine_settings: {prefill_tokens_per_s: 400, tokens_per_s: 30, num_blocks: 2500, max_model_len: 2048}
+gateway: {num_cpus: 0.1}
 """
 
 
@@ -229,11 +243,11 @@ def write_trace(folder: Path, scenario: Scenario) -> Path:
     return path
 
 
-def measure(folder: Path, within_s: float) -> bool:
+def measure(folder: Path, fleet: str, within_s: float) -> bool:
     """The live runs that are not there yet, on one instance; whether all are there then."""
     began, kept = time.monotonic(), folder / "live.json"
     found: dict[str, list[Json]] = json.loads(kept.read_text()) if kept.exists() else {}
-    with started(folder, FLEET, 2) as instance:
+    with started(folder, fleet, 2) as instance:
         send(instance, write_trace(folder, WARM), folder / "warm.json", secrets.randbelow(10**6) + 1000)
         if not found:
             found["calibrate"] = [learn(instance, folder)]
@@ -333,12 +347,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, required=True, help="where runs, model and report are kept")
     parser.add_argument("--report", action="store_true", help="only judge the runs that lie there")
+    parser.add_argument("--fake", action="store_true", help="with engines that keep a time-table and compute nothing")
     parser.add_argument("--within", type=float, default=math.inf, help="seconds after which to stop, and go on later")
     chosen = parser.parse_args(arguments)
     folder: Path = chosen.dir.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     if not chosen.report:
-        if not measure(folder, chosen.within):
+        if not measure(folder, FAKE_FLEET if chosen.fake else FLEET, chosen.within):
             print("not all runs are there yet: the same command goes on")
             return 3
         calibrate(folder)

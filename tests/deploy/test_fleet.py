@@ -104,3 +104,12 @@ def test_the_cluster_file_holds_a_valid_fleet() -> None:
     [application] = document["applications"]
     assert application["import_path"] == "deploy.app:build"
     assert parse(yaml.safe_dump(application["args"]["fleet"])).models
+
+
+def test_recording_traffic_is_switched_and_bounded_in_the_fleet_file() -> None:
+    fleet = parse(FAKE + "gateway: {traffic: {record: false, max_days: 2}}\n")
+    traffic = fleet.gateway_config(database_url="", state_dir="home").traffic
+    assert (traffic.record, traffic.max_days) == (False, 2.0)
+    assert parse(FAKE).gateway_config(database_url="", state_dir="home").traffic.record
+    with pytest.raises(ConfigError, match="max_mib"):
+        parse(FAKE + "gateway: {traffic: {max_mib: 0}}\n")
