@@ -195,7 +195,7 @@ def test_a_prediction_is_scored_against_the_canarys_own_keys() -> None:
 def test_intervals_cover_what_chance_does() -> None:
     """Of two samples of one distribution the interval of the change holds 0 about as often as it says."""
     covered = 0
-    for seed in range(20):
+    for seed in range(10):
         rng = np.random.default_rng(seed)
         sides = []
         for _ in range(2):
@@ -205,7 +205,7 @@ def test_intervals_cover_what_chance_does() -> None:
             sides.append({**columns, "ttft_s": rng.lognormal(0, 0.5, size)})
         [change] = [one for one in compare(*sides, paired=False, seed=seed) if one.name == "ttft_p50"]
         covered += change.low <= 0 <= change.high
-    assert covered >= 16
+    assert covered >= 8
 
 
 def test_every_figure_has_a_name_for_gates() -> None:
