@@ -19,6 +19,7 @@ import typer
 from deploy import instance, paths
 
 if TYPE_CHECKING:
+    from gateway.generations import AuditEntry
     from gateway.policy_register import Change, PolicyRegister
     from policies.document import FleetNames, PolicyDocument
 
@@ -256,11 +257,16 @@ def audit(
     if as_json:
         typer.echo(json.dumps([asdict(entry) for entry in entries], indent=2))
         return
-    rows = [
-        (when(e.at), e.actor, e.action, e.target, e.outcome, e.why if e.outcome == "done" else e.detail)
-        for e in entries
-    ]
+    rows = [(when(e.at), e.actor, e.action, e.target, e.outcome, _reason(e)) for e in entries]
     table(("when", "who", "action", "what", "outcome", "why"), rows)
+
+
+def _reason(entry: AuditEntry) -> str:
+    """What went wrong; else why it was done, and the gate that it passed."""
+    if entry.outcome != "done":
+        return entry.detail
+    gate = f"gate {json.loads(entry.detail)['gate']}" if entry.detail.startswith("{") else ""
+    return "; ".join(filter(None, (entry.why, gate)))
 
 
 @app.command()

@@ -152,8 +152,10 @@ def test_a_frontier_has_every_value_at_every_load_and_the_live_point(home: Path)
     out = home / "frontier.json"
     options = ["--knob", "affinity.policy=affinity,round_robin", "--slo", "ttft=200ms", "--load", "1", "--load", "4"]
     fleet = ["--fleet", str(home / "fleet.yaml"), "--json", str(out)]
-    found = CliRunner().invoke(signalbox, ["frontier", *options, *fleet])
+    png = home / "frontier.png"
+    found = CliRunner().invoke(signalbox, ["frontier", *options, *fleet, "--png", str(png)])
     assert found.exit_code == 0, found.output
+    assert png.read_bytes().startswith(b"\x89PNG")
     points = json.loads(out.read_text())["points"]
     assert [(one["value"], one["load"], one["live"]) for one in points] == [
         ("affinity", 1.0, False),

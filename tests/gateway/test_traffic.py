@@ -9,16 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from gateway.bench_traffic import ended
 from gateway.config import Traffic
-from gateway.explain import Record, Step
-from gateway.jobs import Job
 from gateway.keys import load_secret
 from gateway.traffic import FOLDER, TrafficRecorder, keyed_hash, traffic_key
-from policies.budget import Price
-from policies.fleet_view import RouteRequest
 from policies.traces import TraceError, read_trace
 from policies.traffic import read_traffic
-from replicas.protocol import ConfigError, GenerateRequest, SamplingParams, Usage
+from replicas.protocol import ConfigError
 from tests.gateway.conftest import Gateway, StartGateway, running
 
 SECRET_WORDS = "the quarterly figures of Umbrella are to be kept from everyone " * 6
@@ -29,25 +26,6 @@ def ask(gateway: Gateway, text: str, count: int = 1) -> None:
         for _ in range(count):
             body = {"model": "gpt-fake", "prompt": text, "max_tokens": 7}
             assert http.post("/v1/completions", json=body).status_code == 200
-
-
-def ended(number: int, hashes: tuple[bytes, ...] = ()) -> Record:
-    route = RouteRequest(request_id=str(number), prompt_tokens=16 * len(hashes) + 3, hashes=hashes, block_size=16)
-    asked = GenerateRequest(request_id=str(number), prompt_token_ids=(1,), sampling=SamplingParams())
-    used = Usage(prompt_tokens=route.prompt_tokens, completion_tokens=5, cached_tokens=16)
-    job = Job(model="m", request=asked, route=route, max_tokens=9, used=used)
-    step = Step(role="answer", model="m", jobs=[job], price=Price(input=10, output=100), ttft_s=0.25)
-    return Record(
-        request_id=str(number),
-        gateway="gw",
-        key_id="key_1",
-        key_name="nightly",
-        endpoint="/v1/completions",
-        asked="auto",
-        steps=[step],
-        status=200,
-        ended_s=0.5,
-    )
 
 
 def test_two_gateways_write_what_can_be_merged_and_no_word_of_a_prompt(
