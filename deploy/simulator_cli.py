@@ -229,7 +229,7 @@ def model_of(engine: str, settings: Mapping[str, Any]) -> ReplicaModel:
         fake = FakeSettings(**settings)
         stated = {name: getattr(fake, name) for name in _SAME if hasattr(fake, name)}
         # Its prompts are computed one after another while its answers go on: as many prompt tokens a step as fit beside
-        # a token of every answer.
+        # a token of each of a few answers.
         rate, token_s = fake.prefill_tokens_per_s or 1e8, 1.0 / fake.tokens_per_s if fake.tokens_per_s else 1e-4
         return ReplicaModel(
             **stated,
@@ -237,7 +237,7 @@ def model_of(engine: str, settings: Mapping[str, Any]) -> ReplicaModel:
             floor_s=token_s,
             step_s=0.0,
             decode_s=0.0,
-            max_num_batched_tokens=int(rate * token_s) + fake.block_size,
+            max_num_batched_tokens=int(rate * token_s) + 4,
             watermark=0.0,
         )
     return ReplicaModel(**stated)
