@@ -1,9 +1,9 @@
 """The prefix index of simulated gateways: the answers of `policies.prefix_index`, at the cost of simulating thousands.
 
-One dictionary from a block's hash to the set of replicas that hold it, as the bits of one whole number of any length.
-`PrefixIndex` holds millions of blocks in little memory and asks one table per 64 replicas; here a thousand replicas are
-one number, and following a chain costs an `and` a block. Events never get lost here, so there are no snapshots.
-tests/policies/test_sim_index.py holds it to PrefixIndex.
+One dictionary from a block's hash to who holds it: most often one replica, told by its number, else the set of them as
+the bits of a whole number of any length, inverted so that it is negative. `PrefixIndex` holds millions of blocks in little
+memory and asks one table per 64 replicas; here following a chain costs an `and` a block, for a thousand of them. Events
+never get lost here, so there are no snapshots. tests/policies/test_sim_index.py holds it to PrefixIndex.
 """
 
 from __future__ import annotations
@@ -16,6 +16,11 @@ from policies.prefix_index import Counts
 from replicas.protocol import KVEvent
 
 _FEW = 4  # replicas whose bits are found faster one by one than by numpy
+
+
+def _set(holders: int) -> int:
+    """As bits, whichever way it is written."""
+    return ~holders if holders < 0 else 1 << holders
 
 
 class HolderIndex:
@@ -45,19 +50,22 @@ class HolderIndex:
 
     def apply(self, replica_id: str, events: Sequence[KVEvent]) -> None:
         """What the replica stored and removed, in its order."""
-        holders, bit = self._holders, 1 << self._number[replica_id]
+        holders, number = self._holders, self._number[replica_id]
         for event in events:
             if event.kind == "stored":
                 for digest in event.hashes:
-                    holders[digest] = holders.get(digest, 0) | bit
+                    held = holders.setdefault(digest, number)
+                    if held != number:
+                        holders[digest] = ~(_set(held) | 1 << number)
             else:
                 assert event.kind == "removed", f"a simulated cache sends no {event.kind!r}"
                 for digest in event.hashes:
-                    rest = holders[digest] & ~bit
-                    if rest:
-                        holders[digest] = rest
-                    else:
+                    held = holders[digest]
+                    if held == number:
                         del holders[digest]
+                    else:
+                        rest = _set(held) & ~(1 << number)
+                        holders[digest] = ~rest if rest & (rest - 1) else rest.bit_length() - 1
 
     def leading(self, hashes: Sequence[bytes], replica_ids: tuple[str, ...]) -> Counts:
         """Leading blocks that each replica holds; int64[len(replica_ids)]."""
@@ -65,7 +73,8 @@ class HolderIndex:
         held, holders = self._live, self._holders
         length = 0
         for digest in hashes:
-            still = holders.get(digest, 0) & held
+            found = holders.get(digest)
+            still = 0 if found is None else _set(found) & held
             if still != held:
                 if length:
                     self._end(counts, held & ~still, length)
