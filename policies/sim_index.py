@@ -1,9 +1,9 @@
 """The prefix index of simulated gateways: the answers of `policies.prefix_index`, at the cost of simulating thousands.
 
 One dictionary from a block's hash to who holds it: most often one replica, told by its number, else the set of them as
-the bits of a whole number of any length, inverted so that it is negative. `PrefixIndex` holds millions of blocks in little
-memory and asks one table per 64 replicas; here following a chain costs an `and` a block, for a thousand of them. Events
-never get lost here, so there are no snapshots. tests/policies/test_sim_index.py holds it to PrefixIndex.
+the bits of a whole number of any length, inverted so that it is negative. `PrefixIndex` holds millions of blocks in
+little memory and asks one table per 64 replicas; here following a chain costs an `and` a block, for a thousand of them.
+Events never get lost here, so there are no snapshots. tests/policies/test_sim_index.py holds it to PrefixIndex.
 """
 
 from __future__ import annotations
