@@ -276,7 +276,7 @@ class PolicyRegister:
 
     def switches(self, generation: int) -> list[tuple[float, float]]:
         """From when to when the generation served somebody, in Unix seconds; infinity while it still does."""
-        return self._read(lambda connection: generations.served(connection, generation))
+        return self.read(lambda connection: generations.served(connection, generation))
 
     def note_refusal(self, action: str, author: str, why: str, reason: str) -> None:
         """An audit row of what was not even proposed."""
