@@ -104,14 +104,17 @@ def test_a_writer_that_cannot_write_drops_and_says_how_many(tmp_path: Path) -> N
 
 
 def test_recording_costs_a_request_a_few_microseconds(tmp_path: Path) -> None:
-    """The bound is ten times what it takes here: it is to catch work that slips onto the path, not a busy machine."""
+    """Of the best batch: the bound is to catch work that slips onto the path, not a busy machine."""
     recorder = TrafficRecorder(Traffic(), tmp_path, "gw", b"s" * 16)
     hashes = (bytes(16),) * 300
-    records = [ended(number, hashes) for number in range(2000)]
-    began = time.thread_time()
-    for record in records:
-        recorder.add(record, "acme")
-    assert (time.thread_time() - began) / len(records) < 30e-6
+    best = 1.0
+    for _ in range(10):
+        records = [ended(number, hashes) for number in range(100)]
+        began = time.thread_time()
+        for record in records:
+            recorder.add(record, "acme")
+        best = min(best, (time.thread_time() - began) / len(records))
+    assert best < 10e-6
 
 
 def test_the_line_that_a_killed_gateway_was_writing_is_left_out_and_a_broken_one_named(tmp_path: Path) -> None:
