@@ -52,6 +52,11 @@ def _show(record: dict[str, Any]) -> None:
     )
     if record["error"]:
         console.print(f"  error: {escape(record['error'])}")
+    limits = [f"priority {record['priority']}"] if record["priority"] else []
+    if record["time_limit_s"] is not None:
+        limits.append(f"time limit {record['time_limit_s']:.3f} s")
+    if limits:
+        console.print(f"  {', '.join(limits)}")
     _show_choice(console, record)
     for step in record["steps"]:
         _show_step(console, step)

@@ -299,6 +299,12 @@ class Gateway(_Section):
         _checked(Traffic, **_given(traffic))
         return traffic
 
+    @field_validator("retries")
+    @classmethod
+    def _retries(cls, retries: BaseModel) -> BaseModel:
+        _checked(Retries, **_given(retries))
+        return retries
+
 
 class Fleet(_Section):
     """The whole file."""

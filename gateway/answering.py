@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 from gateway import dispatch, passing
 from gateway.billing import Bill, claimant
 from gateway.config import GatewayConfig, Retries
+from gateway.deadline import OnTime
 from gateway.explain import Record, Step
 from gateway.fleet import Fleet
+from gateway.hedging import Hedges, Runner
 from gateway.jobs import Job
 from gateway.keys import ApiKey
 from gateway.ledger.ledger import Ledger
@@ -54,6 +56,9 @@ _MOST_TOKENS_OF_AN_UPSTREAM = 4096
 # On the books, who pays for what is run to check answers.
 SHADOW_KEY = "(shadow)"
 
+# Attempts that no caller asked for.
+_OURS = ("shadow", "hedge")
+
 Request = ChatRequest | CompletionRequest | PassedRequest
 AnyChunks = AsyncGenerator[list[Any], None]  # of Chunk, or of UpstreamChunk
 Prompts = list[tuple[int, ...]]
@@ -80,8 +85,9 @@ class Asked:
     """One caller's request on its way through this gateway.
 
     body: as it came. unsupported: why no local engine can do this, where only an upstream may be able to; `request`
-    then is a PassedRequest. first_try: the caller says that it has not sent this before. trace: None where nobody
-    traces. caller_trace: traceparent and tracestate as they came, for upstreams, where nobody does.
+    then is a PassedRequest. first_try: the caller says that it has not sent this before. until: its deadline, by the
+    loop's clock. trace: None where nobody traces. caller_trace: traceparent and tracestate as they came, for upstreams,
+    where nobody does.
     """
 
     kind: Kind
@@ -93,6 +99,7 @@ class Asked:
     rules: Rules
     record: Record
     laps: Laps
+    until: float | None = None
     trace: Trace | None = None
     caller_trace: tuple[str | None, str | None] = (None, None)
 
@@ -106,7 +113,7 @@ class Opened:
     metrics: ModelMetrics
     step: Step
     first: list[Any]
-    stream: AnyChunks
+    stream: AnyChunks | OnTime[list[Any]]
     selection: Selection
     choices: int
 
@@ -130,11 +137,11 @@ class Opened:
 
 
 class Answering:
-    def __init__(self, config: GatewayConfig, fleet: Fleet, metrics: Metrics, ledger: Ledger) -> None:
-        self._config = config
+    def __init__(self, fleet: Fleet, metrics: Metrics, ledger: Ledger) -> None:
         self._ledger = ledger
         self._fleet = fleet
         self._metrics = metrics
+        self._hedges = Hedges(metrics)
 
     async def open(self, asked: Asked, safety_scale: Callable[[ModelGroup], float]) -> Opened:
         """The first model of the selection that begins to answer; its stream is the caller's to close.
@@ -169,7 +176,7 @@ class Answering:
             role = "answer" if number == 0 else "fallback"
             last = number == len(models) - 1
             try:
-                return await self._open(asked, selection, name, role, self._retries(last and patient))
+                return await self._open(asked, selection, name, role, _retries(asked, name, last and patient))
             except Unavailable as error:
                 absent = error
                 if last:
@@ -182,7 +189,7 @@ class Answering:
 
     async def whole(self, asked: Asked, name: str, role: str) -> tuple[Step, list[Any]]:
         """Everything that a model answers, for somebody other than the caller."""
-        step, stream, _ = await self._start(asked, name, role, self._retries(False), whole=True)
+        step, stream, _ = await self._start(asked, name, role, _retries(asked, name, False), whole=True)
         try:
             async with aclosing(stream):
                 chunks = [chunk async for ready in stream for chunk in ready]
@@ -191,11 +198,6 @@ class Answering:
             raise
         step.usage = total([chunk.usage for chunk in chunks if chunk.usage is not None])
         return step, chunks
-
-    def _retries(self, last: bool) -> Retries:
-        """Only the last model is worth waiting for."""
-        retries = self._config.retries
-        return retries if last else replace(retries, wait_s=0.0)
 
     # ---------------------------------------------------------------------------------------------- which model
 
@@ -243,13 +245,16 @@ class Answering:
             name = next(name for name in names if name in upstreams)
         if name in upstreams:
             return [upstreams[name].prompt_tokens(self._passed(asked).body)]
-        model = await self._fleet.model(self._fleet.served(name), self._config.retries.wait_s)
+        model = await self._fleet.model(self._fleet.served(name), asked.rules.retries[name].wait_s)
         return list(map(len, await asked.kind.encode(asked.request, model, asked.key.tenant)))
 
     # ------------------------------------------------------------------------------------------------- running it
 
     async def _open(self, asked: Asked, selection: Selection, name: str, role: str, retries: Retries) -> Opened:
         step, stream, model = await self._start(asked, name, role, retries, whole=not asked.request.stream)
+        if (hedging := asked.rules.document.hedging) and name in hedging:
+            answer = await self._hedges.answer(self, asked, Runner(step, stream, model), hedging[name])
+            return self._opened(asked, selection, answer.model, answer.step, answer.first_chunks, answer.stream)
         try:
             first = await anext(stream, None)  # which ends the stream where it raises
         except Unavailable as error:
@@ -259,6 +264,27 @@ class Answering:
             await stream.aclose()
             raise EngineFault("the replica ended a request without an answer")
         return self._opened(asked, selection, model, step, first, stream)
+
+    async def second(self, asked: Asked, first: Step, to: str | None) -> tuple[Step, AnyChunks, Any] | None:
+        """Another replica that is about to be asked what `first` was, or the model `to`; None where there is none."""
+        name = to or first.model
+        retries = replace(asked.rules.retries[name], attempts=1, wait_s=0.0)
+        if to is not None:
+            able = asked.unsupported is None or to in self._fleet.upstreams
+            if not able or not self._fleet.ready(to):
+                return None
+            return await self._start(asked, to, "hedge", retries, whole=not asked.request.stream)
+        if self._fleet.ready(name) <= max(len({one.decision.replica_id for one in job.attempts}) for job in first.jobs):
+            return None
+        answer_id = f"{asked.kind.id_prefix}-{secrets.token_hex(12)}"
+        count = len(first.jobs)
+        jobs = [job.again(job_id(answer_id, number, count), "hedge") for number, job in enumerate(first.jobs)]
+        model = await self._fleet.model(self._fleet.served(name), 0.0)
+        return self._begun(asked, name, "hedge", jobs), self._streams(asked, jobs, retries), model
+
+    def _streams(self, asked: Asked, jobs: Sequence[Job], retries: Retries) -> AnyChunks:
+        streams = [dispatch.generate(self._fleet, job, retries) for job in jobs]
+        return streams[0] if len(streams) == 1 else dispatch.merged(streams, asked.request.choices)
 
     def _opened(
         self,
@@ -279,7 +305,7 @@ class Answering:
             metrics=metrics,
             step=step,
             first=first,
-            stream=stream,
+            stream=stream if asked.until is None else OnTime(stream, asked.until),
             selection=selection,
             choices=asked.request.prompt_count * asked.request.choices,
         )
@@ -294,14 +320,12 @@ class Answering:
         model = await self._fleet.model(self._fleet.served(name), retries.wait_s)
         jobs = await self._plan(asked, model, role, whole=whole)
         step = self._begun(asked, name, role, jobs)
-        streams = [dispatch.generate(self._fleet, job, retries) for job in jobs]
-        n = asked.request.choices
-        return step, streams[0] if len(streams) == 1 else dispatch.merged(streams, n), model
+        return step, self._streams(asked, jobs, retries), model
 
     def _begun(self, asked: Asked, name: str, role: str, jobs: list[Job]) -> Step:
         """The step of a model that is about to be asked, on the request's record."""
         record, group = asked.record, asked.rules.groups.get(asked.record.group or "")
-        if role != "shadow":
+        if role not in _OURS:
             asked.laps.lap("tokenise")
             record.prompt_tokens = sum(job.prompt_tokens for job in jobs)
         expected = group.expected_output_tokens if group and group.trade else None
@@ -309,11 +333,19 @@ class Answering:
         record.steps.append(step)
         return step
 
+    @staticmethod
+    def _priority(asked: Asked, model: str) -> int:
+        key, request = asked.key, asked.request
+        if request.priority is None and asked.rules.document.priorities is None:
+            return 0
+        subject = Subject(key=key.name, team=key.tenant, model=model)
+        return asked.rules.priority(subject, request.service_tier, request.priority)
+
     def _bill(self, asked: Asked, model: str, role: str) -> Bill:
-        """A shadow is run for our own sake: it is on the books, but on no key's account."""
+        """A shadow is run for our own sake: it is on the books, but on no key's account. A hedge is ours to limit."""
         key, rules = asked.key, asked.rules
         subject = Subject(key=SHADOW_KEY if role == "shadow" else key.name, team=key.tenant, model=model)
-        limits = () if role == "shadow" else rules.limits.applying(subject)
+        limits = () if role in _OURS else rules.limits.applying(subject)
         return Bill(
             ledger=self._ledger,
             subject=subject,
@@ -331,6 +363,10 @@ class Answering:
     def _passed_job(self, asked: Asked, upstream: UpstreamModel, role: str, *, whole: bool) -> Job:
         """The whole body as one job, however many prompts it has."""
         body = dict(self._passed(asked).body)
+        self._priority(
+            asked, upstream.name
+        )  # an upstream has its own queue; what is asked must be allowed all the same
+        body.pop("priority", None)
         if asked.request.token_limit is None and upstream.card.default_max_tokens:
             body["max_tokens"] = upstream.card.default_max_tokens
         request = UpstreamRequest(
@@ -340,6 +376,7 @@ class Answering:
             unary=not asked.request.stream,
             traceparent=asked.caller_trace[0],
             tracestate=asked.caller_trace[1],
+            deadline=None if role == "shadow" else asked.until,
         )
         limit = body.get("max_completion_tokens") or body.get("max_tokens") or _MOST_TOKENS_OF_AN_UPSTREAM
         return Job(
@@ -351,6 +388,7 @@ class Answering:
             max_tokens=limit * request.choices,
             bill=self._bill(asked, upstream.name, role),
             role=role,
+            until=request.deadline,
             trace=asked.trace,
         )
 
@@ -361,12 +399,15 @@ class Answering:
         answer_id = f"{kind.id_prefix}-{secrets.token_hex(12)}"
         wanted = 0 if role == "cascade" and request.logprobs_wanted is None else request.logprobs_wanted
         bill = self._bill(asked, model.name, role)
+        priority = self._priority(asked, model.name)
+        if priority and role not in _OURS:
+            asked.record.priority = priority
         jobs = []
         for number, ids in enumerate(prompts):
             param = item_path(kind.param, number, len(prompts))
             max_tokens = model.max_tokens(len(ids), request.token_limit, param)
             sampling = request.sampling(max_tokens, wanted, model.card.vocab_size)
-            request_id = answer_id if len(prompts) == 1 else f"{answer_id}/{number}"
+            request_id = job_id(answer_id, number, len(prompts))
             job = Job(
                 model=model.name,
                 request=GenerateRequest(
@@ -375,6 +416,7 @@ class Answering:
                     sampling=sampling,
                     tenant=asked.key.tenant,
                     fair_key=asked.key.id,
+                    priority=priority,
                 ),
                 route=route_request(model.card, asked.key.tenant, request_id, ids, max_tokens),
                 policy=rules.policy,
@@ -384,6 +426,8 @@ class Answering:
                 bill=bill,
                 role=role,
                 trace=asked.trace,
+                until=None if role == "shadow" else asked.until,
+                bounds=rules.bounds.get(model.name),
             )
             jobs.append(job)
         return jobs
@@ -417,6 +461,12 @@ class Answering:
         return step.escalated
 
 
+def _retries(asked: Asked, model: str, last: bool) -> Retries:
+    """Only the last model is worth waiting for."""
+    retries = asked.rules.retries[model]
+    return retries if last else replace(retries, wait_s=0.0)
+
+
 def _only(selection: Selection, able: Collection[str], asked: Asked) -> Selection:
     """The selection without the models that cannot do this; the reason where none is left."""
     models = tuple(name for name in selection.models if name in able)
@@ -424,6 +474,11 @@ def _only(selection: Selection, able: Collection[str], asked: Asked) -> Selectio
         assert asked.unsupported is not None, "there is no other reason for a choice"
         raise asked.unsupported
     return replace(selection, models=models)
+
+
+def job_id(answer_id: str, number: int, of: int) -> str:
+    """Of an answer's prompts, each its own request."""
+    return answer_id if of == 1 else f"{answer_id}/{number}"
 
 
 async def _replayed(chunks: list[Chunk]) -> AsyncGenerator[list[Chunk], None]:

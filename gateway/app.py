@@ -126,7 +126,7 @@ class _Gateway:
             books = Books(database, ledger, secret, journals)
             stack.push_async_callback(books.aclose)
             books.start()
-            answering = Answering(config, fleet, self.metrics, ledger)
+            answering = Answering(fleet, self.metrics, ledger)
             tracing = await self._telemetry(stack)
             shadows = Shadows(answering, self.metrics)
             stack.push_async_callback(shadows.aclose)
@@ -142,7 +142,9 @@ class _Gateway:
                 tracing=tracing,
             )
             endpoints = {kind.id_prefix: Generate(kind, services) for kind in (CHAT, COMPLETION)}
-            self.metrics.follow(lambda: fleet.connections, lambda: gauges(fleet.upstreams, ledger, policies))
+            self.metrics.follow(
+                lambda: fleet.connections, lambda: gauges(fleet.upstreams, fleet.routes, ledger, policies)
+            )
             self._running = _Running(services, fleet, endpoints, admin, mailbox)
             try:
                 yield

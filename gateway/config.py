@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from policies.document_limits import Failure
 from replicas.protocol import ConfigError
 from replicas.upstream_config import Upstream
 
@@ -45,12 +46,24 @@ class Retries:
     """How long a request without a first token is kept alive while replicas come and go.
 
     `wait_s` is the total time from the first attempt after which the caller gets 503; `attempts` bounds how many
-    replicas one request may be given to, so that a request that kills replicas cannot kill all of them.
+    replicas one request may be given to, so that a request that kills replicas cannot kill all of them. `backoff_s` is
+    the pause before the second attempt, doubled each time. `on`: after which failures (`gateway.retrying`). After
+    `breaker_failures` in a row a replica or upstream is left alone for `breaker_cooldown_s`.
     """
 
     attempts: int = 3
     wait_s: float = 20.0
     retry_after_s: float = 2.0
+    backoff_s: float = 0.05
+    on: tuple[Failure, ...] = ("lost", "draining", "full", "failed")
+    breaker_failures: int = 5
+    breaker_cooldown_s: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.attempts < 1 or self.breaker_failures < 1:
+            raise ConfigError("attempts and breaker_failures must be at least 1")
+        if min(self.wait_s, self.retry_after_s, self.backoff_s) < 0 or not self.breaker_cooldown_s > 0:
+            raise ConfigError("wait_s, retry_after_s and backoff_s must not be negative, breaker_cooldown_s above 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,6 +34,7 @@ from replicas.protocol import (
     SignalboxError,
     Unavailable,
 )
+from replicas.upstream_errors import UpstreamFailed, UpstreamTimeout
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,8 @@ TABLE: dict[type[SignalboxError], HttpError] = {
     QueueFull: HttpError(503, "service_unavailable_error", "queue_full"),
     ReplicaDraining: HttpError(503, "service_unavailable_error", "replica_draining"),
     ReplicaLost: HttpError(503, "service_unavailable_error", "replica_lost"),
+    UpstreamTimeout: HttpError(503, "service_unavailable_error", "upstream_timeout"),
+    UpstreamFailed: HttpError(503, "service_unavailable_error", "upstream_failed"),
     NoReplica: HttpError(503, "service_unavailable_error", "no_replica"),
     Unavailable: HttpError(503, "service_unavailable_error", None),
     EngineFault: HttpError(500, "server_error", "engine_fault"),
@@ -96,6 +99,8 @@ def error_headers(error: SignalboxError) -> list[tuple[bytes, bytes]]:
     if row.status == 503 or error.retry_after_s is not None:
         # whole seconds (RFC 9110 section 10.2.3), never 0: that would invite a tight loop
         headers.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after_s or 1.0))))
+    if isinstance(error, DeadlineExceeded):  # OpenAI's clients would try twice more, for nobody
+        headers.append((b"x-should-retry", b"false"))
     if isinstance(error, LimitReached):
         headers += limits.headers(error.standings)
     return headers

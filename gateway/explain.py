@@ -97,12 +97,21 @@ class Record:
     choice: ModelChoice | None = None
     downgraded_from: str | None = None
     prompt_tokens: int = 0
+    priority: int = 0
+    time_limit_s: float | None = None
     steps: list[Step] = field(default_factory=list)
     at: float = field(default_factory=time.time)
     ended_s: float | None = None
     status: int = 0
     error: str | None = None
     failure: str = ""
+
+    @property
+    def answered(self) -> Step | None:
+        """The model that answered, or was the last to try."""
+        steps = [step for step in self.steps if step.role != "shadow"]
+        spoke = [step for step in steps if step.ttft_s is not None]
+        return next(reversed(spoke or steps), None)
 
     def release(self) -> None:
         """The caller has been answered: forget prompts and bodies."""
@@ -132,6 +141,8 @@ class Record:
             "stream": self.stream,
             "generation": self.generation,
             "prompt_tokens": self.prompt_tokens,
+            "priority": self.priority,
+            "time_limit_s": self.time_limit_s,
             "model_choice": _shown_choice(self.group, self.choice),
             "downgraded_from": self.downgraded_from,
             "steps": [_shown_step(step) for step in self.steps],

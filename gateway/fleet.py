@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing
@@ -18,7 +20,7 @@ from gateway.config import GatewayConfig, ServedModel
 from gateway.connection import Connect, Connection
 from gateway.directory import Directory
 from gateway.models import Model
-from gateway.routes import Choice, Routes
+from gateway.routes import Choice, Routes, takes_work
 from gateway.upstreams import UpstreamModel, connect_all
 from policies.fleet_view import RouteRequest
 from replicas.client import Listener, ReplicaConnection
@@ -28,7 +30,6 @@ from replicas.protocol import (
     ModelNotFound,
     NoReplica,
     ReplicaAddress,
-    ReplicaState,
     Unavailable,
 )
 from replicas.upstream import UpstreamCard
@@ -60,7 +61,7 @@ class _NoLinks:
 
 
 class Fleet:
-    """Models by name and alias, and their live connections."""
+    """Models by name and alias, and their live connections. waiting: requests that wait for a replica, by model."""
 
     def __init__(
         self,
@@ -81,6 +82,7 @@ class Fleet:
         self._leaving: set[asyncio.Task[None]] = set()
         self._follower: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
+        self.waiting: Counter[str] = Counter()
         self._config = config
         self._stack = AsyncExitStack()
         self.upstreams: dict[str, UpstreamModel] = {}
@@ -125,10 +127,15 @@ class Fleet:
         return len(self._ready(model))
 
     def _ready(self, model: str) -> list[Connection]:
+        spared = self.routes[model].spared
+        shunned = set(spared.names(time.monotonic())) if spared else ()
         return [
             connection
             for address, connection in self._connections.items()
-            if address.model == model and address in self._keepers and _takes_work(connection)
+            if address.model == model
+            and address in self._keepers
+            and address.replica_id not in shunned
+            and takes_work(connection)
         ]
 
     def choose(
@@ -238,11 +245,6 @@ def _connector(config: GatewayConfig) -> Connect:
         )
 
     return connect
-
-
-def _takes_work(connection: Connection) -> bool:
-    status = connection.status
-    return connection.alive and (status is None or status.state is ReplicaState.READY)
 
 
 async def _when_idle(connection: Connection, keeper: asyncio.Task[None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,12 +11,13 @@ from prometheus_client.core import GaugeMetricFamily
 from gateway.ledger.ledger import Ledger
 from gateway.metrics import NEWEST_ONLY
 from gateway.policy_follower import PolicyFollower
+from gateway.routes import Routes
 from gateway.upstreams import UpstreamModel
 from policies.breaker import BreakerState
 
 
 def gauges(
-    upstreams: Mapping[str, UpstreamModel], ledger: Ledger, policies: PolicyFollower[Any]
+    upstreams: Mapping[str, UpstreamModel], routes: Mapping[str, Routes], ledger: Ledger, policies: PolicyFollower[Any]
 ) -> Iterator[GaugeMetricFamily]:
     """Now. Of several gateways they add up, hence a breaker's state is a count of gateways."""
     breakers = GaugeMetricFamily(
@@ -32,6 +34,12 @@ def gauges(
         running.add_metric([name], upstream.connection.in_flight)
         sockets.add_metric([name], upstream.connection.open_connections)
     yield from (breakers, running, sockets)
+    spared = GaugeMetricFamily(
+        "signalbox_replicas_spared", "Replicas left alone because they keep failing, by gateway.", labels=["model_name"]
+    )
+    for name, one in routes.items():
+        spared.add_metric([name], float(len(list(one.spared.names(time.monotonic())))))
+    yield spared
     yield GaugeMetricFamily(
         "signalbox_ledger_reservations", "Reservations neither settled nor released.", value=ledger.open
     )

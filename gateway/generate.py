@@ -21,6 +21,8 @@ from starlette.types import Receive, Scope, Send
 from gateway import passing, requests
 from gateway.answering import Answering, Asked, Kind, Opened, Prompts, Request, check_limits
 from gateway.config import GatewayConfig
+from gateway.deadline import HEADER_NAME as TIMEOUT_HEADER
+from gateway.deadline import deadline, on_time
 from gateway.edge import EXCHANGE, ClientGone, Exchange, HangUp, header, read_body, trace_headers
 from gateway.errors import INTERNAL, error_body, http_error
 from gateway.explain import Record, RecordBook
@@ -38,6 +40,7 @@ from gateway.shadow import Shadows
 from gateway.telemetry import Laps
 from gateway.traffic import TrafficRecorder
 from policies import limits
+from policies.priority import check_tier
 from policies.selection import ModelGroup
 from replicas.protocol import InvalidRequest, NotSupported, RequestError, SignalboxError, Usage
 
@@ -102,6 +105,9 @@ class Generate:
         # when this request first waits for something
         asyncio.get_running_loop().call_soon(services.book.add, record)
         try:
+            until = deadline(header(scope, TIMEOUT_HEADER), rules.document.admission, exchange.started)
+            if until is not None:
+                record.time_limit_s = until - asyncio.get_running_loop().time()
             bounds = services.config.limits
             body = await read_body(scope, receive, bounds.max_body_bytes, bounds.body_timeout_s)
             laps.lap("read")
@@ -118,6 +124,7 @@ class Generate:
                 rules=rules,
                 record=record,
                 laps=laps,
+                until=until,
                 trace=exchange.trace,
                 caller_trace=trace_headers(scope) if services.config.upstreams else (None, None),
             )
@@ -143,7 +150,10 @@ class Generate:
     def _parse(self, body: bytes, rules: Rules) -> tuple[Request, RequestError | None]:
         """The request, and why no local engine can do it where it is one that an upstream may be able to do."""
         try:
-            return requests.parse(self._kind.request, body), None
+            request = requests.parse(self._kind.request, body)
+            if request.service_tier is not None:
+                check_tier(request.service_tier, rules.document.priorities)
+            return request, None
         except (InvalidRequest, NotSupported) as error:
             if not self._services.config.upstreams:
                 raise
@@ -175,9 +185,10 @@ class Generate:
 
     async def _answer(self, asked: Asked, exchange: Exchange, hang_up: HangUp, send: Send) -> None:
         services = self._services
-        opened = await services.answering.open(asked, services.shadows.safety_scale)
+        opening = services.answering.open(asked, services.shadows.safety_scale)
+        opened = await (opening if asked.until is None else on_time(opening, asked.until))
         async with aclosing(opened.stream):
-            exchange.headers += _limit_headers(opened.step.jobs)
+            exchange.headers += _limit_headers(_counted(asked, opened))
             if asked.record.downgraded_from is not None:
                 exchange.headers.append((b"x-signalbox-downgraded-from", asked.record.downgraded_from.encode()))
             opened.metrics.in_flight += 1
@@ -268,6 +279,13 @@ class Generate:
         await send({"type": "http.response.body", "body": text.encode() + DONE})
         if kept is not None:
             self._services.shadows.consider(asked, opened, "".join(kept))
+
+
+def _counted(asked: Asked, opened: Opened) -> Sequence[Job]:
+    """The jobs that the caller's rate limits count: of a hedge those of the attempt that it was made for."""
+    if opened.step.role != "hedge":
+        return opened.step.jobs
+    return asked.record.steps[asked.record.steps.index(opened.step) - 1].jobs
 
 
 def _limit_headers(jobs: Sequence[Job]) -> list[tuple[bytes, bytes]]:

@@ -151,10 +151,10 @@ def _of_record(record: Record) -> dict[str, Any]:
     }
     if record.group is not None:
         fields["group"] = record.group
-    steps = [step for step in record.steps if step.role != "shadow"]
-    if not steps:
+    if (answered := record.answered) is None:
         return fields
-    return fields | _of_step(steps[-1]) | {"attempts": sum(len(step.attempts) for step in steps)}
+    attempts = sum(len(step.attempts) for step in record.steps if step.role != "shadow")
+    return fields | _of_step(answered) | {"attempts": attempts}
 
 
 def _of_step(step: Step) -> dict[str, Any]:

@@ -84,6 +84,7 @@ class ModelMetrics:
         self.e2e_request_latency = Histogram(_SECONDS)
         self.in_flight = 0
         self.usage = Counter[str]()
+        self.hedged = Counter[str]()
 
     def settled(self, usage: Usage) -> None:
         self.usage["prompt"] += usage.prompt_tokens
@@ -146,6 +147,16 @@ class Metrics(Collector):
                 tokens.add_metric([name, kind], model.usage[kind])
         yield in_flight
         yield tokens
+        yield self._hedged()
+
+    def _hedged(self) -> CounterMetricFamily:
+        family = CounterMetricFamily(
+            "signalbox_hedged_requests", "Requests asked twice, by who answered.", labels=["model_name", "answered"]
+        )
+        for name, model in self.models.items():
+            for who in ("first", "second"):
+                family.add_metric([name, who], model.hedged[who])
+        return family
 
     def _latencies(self) -> Iterator[Family]:
         models = self.models.items()

@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from gateway.deadline import HEADER, LONGEST_MS
 from gateway.requests import ChatRequest, CompletionRequest
 from gateway.schemas import ChatCompletion, ChatCompletionChunk, Completion, CompletionChunk, ErrorResponse
 
@@ -17,7 +18,8 @@ _REFUSALS = {
     "404": "No such model.",
     "413": "The body is too large.",
     "500": "Our fault.",
-    "503": "No replica can take the request now; see Retry-After.",
+    "503": "No replica can take the request now, or its queue is full; see Retry-After.",
+    "504": "The time limit has passed.",
 }
 
 _ENDPOINTS: dict[str, tuple[str, type[BaseModel], type[BaseModel], type[BaseModel]]] = {
@@ -76,6 +78,15 @@ def _operation(
     return {
         "summary": summary,
         "operationId": f"create_{whole.__name__.lower()}",
+        "parameters": [
+            {
+                "name": HEADER,
+                "in": "header",
+                "required": False,
+                "description": "Milliseconds after which nobody wants the answer.",
+                "schema": {"type": "integer", "minimum": 1, "maximum": LONGEST_MS},
+            }
+        ],
         "requestBody": {"required": True, "content": {"application/json": {"schema": _ref(request)}}},
         "responses": answers,
     }

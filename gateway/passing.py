@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gateway.requests import MOST_LATER
 from gateway.responses import Envelope, Shape, usage_object
 from replicas.protocol import InvalidRequest, Usage
 from replicas.upstream_messages import Assembled, UpstreamChunk, UpstreamRequest, UpstreamUsage
@@ -43,6 +44,16 @@ class PassedRequest:
     @property
     def prompt_count(self) -> int:
         return UpstreamRequest(request_id="", body=self.body).choices // self.choices
+
+    @property
+    def priority(self) -> int | None:
+        ranks: int | None = self.body.get("priority")
+        return ranks
+
+    @property
+    def service_tier(self) -> str | None:
+        tier: str | None = self.body.get("service_tier")
+        return tier
 
     @property
     def token_limit(self) -> int | None:
@@ -80,6 +91,10 @@ def read(body: bytes, param: str) -> PassedRequest:
         raise InvalidRequest(f"{param}: must not be empty", param=param)
     for name in ("stream", "n", "max_tokens", "max_completion_tokens"):
         _check_number(name, data.get(name))
+    if type(ranks := data.get("priority", 0)) is not int or not 0 <= ranks <= MOST_LATER:
+        raise InvalidRequest(f"priority: must be a whole number from 0 to {MOST_LATER}", param="priority")
+    if not isinstance(data.get("service_tier") or "", str):
+        raise InvalidRequest("service_tier: must be a string", param="service_tier")
     if not isinstance(data.get("stream_options") or {}, dict):
         raise InvalidRequest("stream_options: must be an object", param="stream_options")
     return PassedRequest(data)

@@ -43,7 +43,6 @@ CHAT: Mapping[str, Neutral] = {
     "prompt_cache_retention": _one_of("in_memory"),
     "reasoning_effort": _one_of("none"),
     "response_format": _one_of({"type": "text"}),
-    "service_tier": _one_of("auto", "default"),
     "store": _OFF,
     "tool_choice": _one_of("none", "auto"),
     "tools": _EMPTY_LIST,

@@ -2,7 +2,7 @@
 
 Types are strict (a number in quotes is an error) and the first thing wrong becomes an InvalidRequest whose `param` is
 the path of the field, e.g. "messages.0.content". Beyond OpenAI's fields, vLLM's top_k, min_p, repetition_penalty,
-min_tokens, ignore_eos and stop_token_ids are understood.
+min_tokens, ignore_eos, stop_token_ids and priority are understood.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ _Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 _Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
 _Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
 _Penalty = Annotated[float, Field(ge=-2, le=2)]
+# How many ranks later than its class a request may ask to be served.
+MOST_LATER = 100
 _Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
 # extra="allow" only so that `refused` can tell unimplemented from unknown; nothing extra is ever let through.
@@ -62,6 +64,8 @@ class Generation(BaseModel):
     min_tokens: _Count | None = None
     ignore_eos: bool | None = None
     stop_token_ids: list[_Count] | None = None
+    priority: Annotated[int, Field(ge=0, le=MOST_LATER)] | None = None
+    service_tier: str | None = None
 
     @property
     def choices(self) -> int:

@@ -14,11 +14,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from gateway.connection import Connection
+from gateway.spared import Spared
+from policies.admission import Bounds
+from policies.breaker import BreakerSettings, Outcome, Permit
 from policies.fleet_view import FleetLoads, RouteRequest
 from policies.peers import POLICIES
 from policies.prefix_history import HistoryIndex
 from policies.prefix_index import PrefixIndex
-from replicas.protocol import KVEvent, ModelCard, NoReplica, ReplicaStatus, RouteDecision, block_hashes, prefix_root
+from replicas.protocol import (
+    KVEvent,
+    ModelCard,
+    NoReplica,
+    ReplicaState,
+    ReplicaStatus,
+    RouteDecision,
+    block_hashes,
+    prefix_root,
+)
 
 DEFAULT_POLICY = "affinity"
 _HASH_BYTES = 16
@@ -87,6 +99,11 @@ class _Published:
             self._connection.resync()
 
 
+def takes_work(connection: Connection) -> bool:
+    status = connection.status
+    return connection.alive and (status is None or status.state is ReplicaState.READY)
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     connection: Connection
@@ -103,6 +120,7 @@ class Routes:
         self._connections: dict[str, Connection] = {}
         self._published: dict[str, _Published] = {}
         self._rng = random.Random()
+        self.spared = Spared()
 
     # ---------------------------------------------------------------- who is there
 
@@ -126,6 +144,7 @@ class Routes:
             del self._connections[replica_id]
             self._published.pop(replica_id).close()
             self.loads.leave(replica_id)
+            self.spared.forget(replica_id)
             self.prefixes.drop(replica_id)
 
     # ---------------------------------------------------------------- decisions
@@ -137,12 +156,39 @@ class Routes:
         if policy == "cache_aware" and self.loads.history is None:
             self.loads.history = HistoryIndex(_HISTORY_BLOCKS)
         shunned = {name for name, one in self._connections.items() if name in avoid or not one.alive}
+        if self.spared:
+            shunned.update(self.spared.names(time.monotonic()))
         try:
             view = self.loads.view(shunned, generation)
             decision = POLICIES[policy](request, view, time.monotonic(), self._rng)
         except NoReplica:
             return None
         return Choice(self._connections[decision.replica_id], decision)
+
+    def share(self, bounds: Bounds, replica_id: str) -> Bounds:
+        """What that replica may hold of what may wait for the model. Gateways that know the same replicas agree."""
+        names = sorted(name for name, one in self._connections.items() if takes_work(one))
+        return bounds.share(names.index(replica_id) if replica_id in names else 0, max(len(names), 1))
+
+    def wait_for_spared_s(self, avoid: Collection[str]) -> float | None:
+        """Seconds until one that is there, and only left alone, may be asked; None if there is none such."""
+        names = [name for name, one in self._connections.items() if one.alive and name not in avoid]
+        return self.spared.wait_s(names, time.monotonic())
+
+    def permit(self, choice: Choice) -> Permit | None:
+        """Leave to ask a replica that has failed lately, which `judge` ends; None for all others."""
+        return self.spared.permit(choice.decision.replica_id, time.monotonic()) if self.spared else None
+
+    def started(self, choice: Choice, permit: Permit) -> None:
+        """It has brought something."""
+        self.spared.started(choice.decision.replica_id, permit, time.monotonic())
+
+    def judge(self, choice: Choice | None, permit: Permit | None, outcome: Outcome, settings: BreakerSettings) -> None:
+        """An attempt at a replica has ended; nothing is held against one that is gone."""
+        assert choice is not None, "only an attempt that was made has a permit or fails"
+        replica_id = choice.decision.replica_id
+        if self._connections.get(replica_id) is choice.connection and choice.connection.alive:
+            self.spared.ended(replica_id, permit, outcome, settings, time.monotonic())
 
     @contextmanager
     def counted(self, request: RouteRequest, choice: Choice) -> Iterator[None]:

@@ -6,14 +6,17 @@ Immutable. A request takes the `Rules` it begins with and keeps them to its end,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from gateway.config import GatewayConfig, ServedModel
+from gateway.config import GatewayConfig, Retries, ServedModel
 from gateway.policy_follower import PolicyFollower
-from policies import budget, limits
-from policies.budget import Budgets, Price
+from policies import budget, limits, priority
+from policies.admission import Bounds, bounds
+from policies.budget import Budgets, Price, Subject
 from policies.document import FleetNames, PolicyDocument, load_predictors
+from policies.document_limits import RetryRules
 from policies.limits import RateLimits
 from policies.selection import ModelGroup, group_of, price_of
 from replicas.protocol import ConfigError, ModelNotFound
@@ -30,6 +33,8 @@ class Rules:
     prices: Mapping[str, Price]
     budgets: Budgets
     limits: RateLimits
+    bounds: Mapping[str, Bounds]
+    retries: Mapping[str, Retries]
 
     @property
     def policy(self) -> str:
@@ -46,6 +51,10 @@ class Rules:
 
     def fallbacks(self, model: str) -> tuple[str, ...]:
         return self.document.fallbacks.get(model, ())
+
+    def priority(self, subject: Subject, tier: str | None, later_by: int | None) -> int:
+        """The engine's priority of a request; see `policies.priority.rank`."""
+        return priority.rank(subject, self.document.priorities, tier, later_by or 0)
 
     def names(self) -> Iterator[str]:
         """Everything that a caller may ask for."""
@@ -89,6 +98,9 @@ def compiler(config: GatewayConfig) -> Callable[[int, PolicyDocument], Rules]:
                 raise ConfigError(
                     f"groups.{name}.cascade.small: {group.cascade.small!r} is an upstream: how sure it is is not known"
                 )
+        for name, hedging in document.hedging.items():
+            if hedging.to is None and name in elsewhere:
+                raise ConfigError(f"hedging.{name}: an upstream has no other replica; name another model in 'to'")
         groups = {
             name: group_of(name, group, document, priced, predictors.get(name))
             for name, group in document.groups.items()
@@ -101,6 +113,20 @@ def compiler(config: GatewayConfig) -> Callable[[int, PolicyDocument], Rules]:
             prices=priced,
             budgets=budget.from_document(document.budgets),
             limits=limits.from_document(document.rate_limits),
+            bounds={name: found for name in priced if (found := bounds(document.admission, name)) is not None},
+            retries={name: _retries(config.retries, document.retries, name) for name in priced},
         )
 
     return compile_rules
+
+
+def _retries(configured: Retries, rules: RetryRules | None, model: str) -> Retries:
+    """The fleet file's, then the document's for all models, then those for this one."""
+    if rules is None:
+        return configured
+    given: dict[str, Any] = rules.model_dump(exclude_none=True, include={"attempts", "wait_s", "backoff_s", "on"})
+    if (own := rules.models.get(model)) is not None:
+        given |= own.model_dump(exclude_none=True)
+    if rules.breaker is not None:
+        given |= {"breaker_failures": rules.breaker.failures, "breaker_cooldown_s": rules.breaker.cooldown_s}
+    return replace(configured, **given)

@@ -371,8 +371,7 @@ def _of_record(record: Record) -> dict[str, Any]:
         attributes["signalbox.group"] = record.group
     if record.downgraded_from is not None:
         attributes["signalbox.downgraded_from"] = record.downgraded_from
-    answered = next((step for step in reversed(record.steps) if step.role != "shadow"), None)
-    return attributes | (_of_step(answered) if answered is not None else {})
+    return attributes | (_of_step(record.answered) if record.answered is not None else {})
 
 
 def _of_step(step: Step) -> dict[str, Any]:

@@ -18,15 +18,12 @@ from typing import Any
 from gateway.billing import Meter, charge
 from gateway.config import GatewayConfig, Retries
 from gateway.jobs import Job
+from gateway.retrying import breaker_settings, later, may_retry, pause_s
 from policies.breaker import Breaker, BreakerState, outcome_of
 from replicas.protocol import NoReplica, QueueFull, RouteDecision, SignalboxError, Unavailable, Usage
 from replicas.upstream import UpstreamCard, UpstreamConnection
-from replicas.upstream_errors import UpstreamTimeout
 from replicas.upstream_messages import UpstreamChunk, UpstreamRequest
 from replicas.upstream_tokens import prompt_tokens
-
-# Between tries of the same upstream; doubles each time.
-_PAUSE_S = 0.1
 
 
 class UpstreamModel:
@@ -59,6 +56,7 @@ class UpstreamModel:
 
     async def generate(self, job: Job, retries: Retries) -> AsyncGenerator[list[UpstreamChunk], None]:
         """Yield what the upstream brings. Raises the protocol's errors; NoReplica while the breaker is open."""
+        self.breaker.settings = breaker_settings(retries)
         for attempt in range(retries.attempts):
             last = attempt == retries.attempts - 1
             meter = await charge(job, attempt)
@@ -69,13 +67,15 @@ class UpstreamModel:
                 return
             except Unavailable as error:
                 meter.void = not job.shown
-                if last or job.shown or isinstance(error, NoReplica | QueueFull | UpstreamTimeout):
-                    error.retry_after_s = error.retry_after_s or retries.retry_after_s
+                # one that is busy has said when to come again, and its breaker sees to that
+                if last or job.shown or isinstance(error, QueueFull) or not may_retry(error, retries):
+                    later(error, retries)
                     raise
+                failed = error
             finally:
                 meter.end()
                 job.ended()
-            await asyncio.sleep(_PAUSE_S * 2**attempt)
+            await asyncio.sleep(pause_s(failed, retries, attempt))
 
     async def _once(self, job: Job, meter: Meter) -> AsyncGenerator[list[UpstreamChunk], None]:
         if self.connection.full:  # our own bound: it says nothing of the upstream's health

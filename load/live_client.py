@@ -113,9 +113,10 @@ class Client:
         *,
         request_id: str = "",
         timeout_s: float = TIMEOUT_S,
+        headers: Mapping[str, str] | None = None,
     ) -> Reply:
         """Send `fields` as JSON, with `request_id` as x-request-id where given, and wait for the whole answer."""
-        headers = self._headers | ({"x-request-id": request_id} if request_id else {})
+        headers = {**self._headers, **(headers or {}), **({"x-request-id": request_id} if request_id else {})}
         head = request_head(self.origin, method, path, headers)
         body = json.dumps(fields, separators=(",", ":")).encode() if fields is not None else b""
         reply = Reply(begun=clock())

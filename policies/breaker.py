@@ -116,6 +116,11 @@ class Breaker:
         return self._state
 
     @property
+    def spotless(self) -> bool:
+        """Closed, and no failure of the last window is remembered: as good as new."""
+        return self._state is BreakerState.CLOSED and not any(bucket.failures for bucket in self._window)
+
+    @property
     def cooldown_s(self) -> float:
         """Seconds of the latest cooldown without its jitter or a Retry-After; 0 once closed again."""
         return self._cooldown_s

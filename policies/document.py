@@ -242,6 +242,15 @@ def _contradictions(document: PolicyDocument) -> Iterator[Wrong]:
             yield ("aliases", name), f"{name!r} is a group already"
         if target in document.aliases:
             yield ("aliases", name), f"{target!r} is an alias itself; name what it stands for"
+    yield from _fallback_contradictions(document)
+    if document.priorities is not None:
+        yield from ((("priorities", *loc), message) for loc, message in _unknown_classes(document.priorities))
+    for name, hedging in document.hedging.items():
+        if hedging.to == name:
+            yield ("hedging", name, "to"), "must be another model; without it another replica is asked"
+
+
+def _fallback_contradictions(document: PolicyDocument) -> Iterator[Wrong]:
     for name, models in document.fallbacks.items():
         yield from _repeated(models, ("fallbacks", name))
         if name in models:
@@ -249,6 +258,16 @@ def _contradictions(document: PolicyDocument) -> Iterator[Wrong]:
         for index, model in enumerate(models):
             if model in document.groups or model in document.aliases:
                 yield ("fallbacks", name, index), f"{model!r} is no model's own name"
+
+
+def _unknown_classes(priorities: Priorities) -> Iterator[Wrong]:
+    named: list[tuple[Loc, str]] = [(("default",), priorities.default)]
+    for section in ("keys", "teams", "models"):
+        named += [((section, name), kind) for name, kind in getattr(priorities, section).items()]
+    named += [(("tiers", name, "to"), tier.to) for name, tier in priorities.tiers.items()]
+    for loc, kind in named:
+        if kind not in priorities.classes:
+            yield loc, f"{kind!r} is not among the classes; {suggestion(kind, priorities.classes)}"
 
 
 def _group_contradictions(group: Group) -> Iterator[Wrong]:
@@ -302,6 +321,13 @@ def _models_in_limits(document: PolicyDocument) -> Iterator[tuple[Loc, str]]:
     for index, budget in enumerate(document.budgets):
         if budget.downgrade is not None:
             yield ("budgets", index, "downgrade", "to"), budget.downgrade.to
+    for section in ("priorities", "admission", "retries"):
+        own = getattr(document, section)
+        yield from (((section, "models", model), model) for model in (own.models if own else ()))
+    for model, hedging in document.hedging.items():
+        yield ("hedging", model), model
+        if hedging.to is not None:
+            yield ("hedging", model, "to"), hedging.to
 
 
 # ----------------------------------------------------------------------------------------------------------- predictors

@@ -70,48 +70,96 @@ class RateLimit(_Rule):
         return self
 
 
-class Priorities(Section):
-    """classes: name to rank; a lower rank goes first. keys: API key's name to class; all others have `default`."""
+Rank = Annotated[int, Field(ge=0, le=100)]
+Names = Annotated[tuple[Name, ...], Listed, Field(max_length=1024)]
 
-    classes: Annotated[Mapping[Name, Annotated[int, Field(ge=0, le=100)]], Field(min_length=1, max_length=16)]
+
+class Tier(Section):
+    """The class that a request asks for by this `service_tier`. Everybody may ask to come later than by its own class;
+    to come earlier, only `keys` and `teams` ("*": all)."""
+
+    to: Name
+    keys: Names = ()
+    teams: Names = ()
+
+
+class Priorities(Section):
+    """classes: name to rank; a lower rank goes first. A request is of its key's class, else its team's, else that of
+    the model that answers it, else `default`. tiers: OpenAI's `service_tier`, by its values."""
+
+    classes: Annotated[Mapping[Name, Rank], Field(min_length=1, max_length=16)]
     default: Name
     keys: Mapping[Name, Name] = {}
-
-
-class Admission(Section):
-    """Bounds of what may wait for a model before requests are refused with 503, and deadlines."""
-
-    max_queued: Count | None = None
-    max_queued_per_key: Count | None = None
-    deadline_s: Seconds | None = None
-    max_deadline_s: Seconds | None = None
-    models: Mapping[Name, ModelAdmission] = {}
+    teams: Mapping[Name, Name] = {}
+    models: Mapping[Name, Name] = {}
+    tiers: Mapping[Literal["flex", "priority"], Tier] = {}
 
 
 class ModelAdmission(Section):
     """One model's own bounds, in place of those for all."""
 
     max_queued: Count | None = None
+    max_queued_tokens: Count | None = None
     max_queued_per_key: Count | None = None
 
 
+class Admission(ModelAdmission):
+    """Bounds of what may wait for a model, on all of its replicas together, before requests are refused with 503.
+
+    deadline_s: time limit of a request that brings none; max_deadline_s: the longest that one may bring.
+    """
+
+    deadline_s: Seconds | None = None
+    max_deadline_s: Seconds | None = None
+    models: Mapping[Name, ModelAdmission] = {}
+
+    @model_validator(mode="after")
+    def _within_the_longest(self) -> Self:
+        if self.deadline_s is not None and self.max_deadline_s is not None and self.deadline_s > self.max_deadline_s:
+            raise ValueError("deadline_s must not be longer than max_deadline_s")
+        return self
+
+
 class Breaker(Section):
-    """After `failures` in a row a replica or upstream is left alone for `cooldown_s`."""
+    """After `failures` in a row a replica or upstream is left alone for `cooldown_s`, then tried with one request."""
 
-    failures: Count
-    cooldown_s: Seconds
+    failures: Annotated[int, Field(ge=1, le=1000)]
+    cooldown_s: Annotated[float, Field(gt=0, le=3600)]
 
 
-class RetryRules(Section):
-    """Before the first token only."""
+Failure = Literal["lost", "draining", "full", "failed", "timeout", "fault"]
 
-    attempts: Count | None = None
-    wait_s: Seconds | None = None
+
+class ModelRetries(Section):
+    """attempts: of one model, the first included. wait_s: how long a replica is waited for while there is none.
+    backoff_s: pause before the second attempt, doubled each time. on: the failures after which to try again."""
+
+    attempts: Annotated[int, Field(ge=1, le=16)] | None = None
+    wait_s: Annotated[float, Field(ge=0, le=3600)] | None = None
+    backoff_s: Annotated[float, Field(ge=0, le=60)] | None = None
+    on: Annotated[tuple[Failure, ...], Listed] | None = None
+
+
+class RetryRules(ModelRetries):
+    """Before the first token only. models: one model's own, in place of those for all."""
+
     breaker: Breaker | None = None
+    models: Mapping[Name, ModelRetries] = {}
 
 
 class Hedging(Section):
-    """A second replica is asked when the first has said nothing for `after_s`; at most this share of requests."""
+    """When a model has said nothing for so long, another of its replicas is asked as well, or the model `to`.
 
-    after_s: Seconds
+    after_s, or after_quantile of the model's own recent times to the first token. max_share: of its requests, at most.
+    """
+
+    after_s: Seconds | None = None
+    after_quantile: Annotated[float, Field(gt=0, lt=1)] | None = None
     max_share: Share
+    to: Name | None = None
+
+    @model_validator(mode="after")
+    def _one_delay(self) -> Self:
+        if (self.after_s is None) == (self.after_quantile is None):
+            raise ValueError("needs exactly one of after_s and after_quantile")
+        return self

@@ -215,8 +215,9 @@ class GenerateRequest:
     served in turn, by what each has had so far ("" is nobody in particular: one more in turn, without a share).
     `deadline_s`: seconds from its submission after which nobody wants the answer (relative, so clocks need not agree);
     it then ends in DeadlineExceeded. None waits for ever.
-    `max_queued`, `max_queued_per_key`: refused with QueueFull if so many wait already, of all keys or of its own; None
-    leaves it to the engine's settings, and max_queued never widens them.
+    `max_queued`, `max_queued_per_key`: refused with QueueFull if so many wait already, of all keys or of its own;
+    `max_queued_tokens`: if so many prompt tokens do. None leaves it to the engine's settings; only max_queued_per_key
+    can widen them.
     `note`: who pays what, for the replica's journal to keep and give back; "" where nothing is reserved.
     """
 
@@ -230,6 +231,7 @@ class GenerateRequest:
     max_queued: int | None = None
     max_queued_per_key: int | None = None
     note: str = ""
+    max_queued_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,6 +78,7 @@ class Submit(_Frame, tag=2, frozen=True):
     max_queued: int | None = None
     max_queued_per_key: int | None = None
     note: str = ""
+    max_queued_tokens: int | None = None
 
 
 class Abort(_Frame, tag=3, frozen=True):
@@ -266,6 +267,7 @@ def submit(seq: int, request: GenerateRequest) -> Submit:
         request.max_queued,
         request.max_queued_per_key,
         request.note,
+        request.max_queued_tokens,
     )
 
 
@@ -282,6 +284,7 @@ def request(message: Submit) -> GenerateRequest:
         max_queued=message.max_queued,
         max_queued_per_key=message.max_queued_per_key,
         note=message.note,
+        max_queued_tokens=message.max_queued_tokens,
     )
 
 

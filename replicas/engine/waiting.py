@@ -219,7 +219,7 @@ class WaitingLine(Generic[W]):
         places = min(limits.max_waiting, request.max_queued or limits.max_waiting)
         if len(self) >= places:
             return f"{len(self)} requests are waiting already"
-        if self.full():
+        if self.full() or (request.max_queued_tokens is not None and self.tokens >= request.max_queued_tokens):
             return f"{self.tokens} prompt tokens are waiting already"
         account = self._accounts.get((request.priority, key))
         mine = len(account.line) if account is not None else 0

@@ -57,6 +57,8 @@ def test_only_what_the_file_sets_is_passed_on() -> None:
         (FAKE + "    aliases: [a]\n", "the name 'a' is used twice"),
         (FAKE + "    price: {input: -1}\n", "f.yaml:4: models[0].price.input: "),
         (FAKE + "    price: {input: .nan}\n", "f.yaml:4: models[0].price.input: "),
+        (FAKE + "gateway:\n  retries:\n    attempts: 0\n", "f.yaml:5: gateway.retries: attempts and breaker_failures"),
+        (FAKE + "gateway:\n  retries:\n    on: [often]\n", "f.yaml:6: gateway.retries.on[0]: Input should be 'lost', "),
         (FAKE + "gateway: {port: 70000}\n", "f.yaml:4: gateway.port: "),
         ("models:\n  - name: a\n    engine: openai\n", "f.yaml:2: models[0].base_url: Field required"),
         ("models:\n  - name: a\n    engine: vllm\n", "engine must be 'signalbox', 'fake' or 'openai'"),

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -15,24 +13,12 @@ from gateway.config import Retries, ServedModel
 from replicas.mock_upstream import MockUpstream
 from replicas.upstream_config import Upstream, UpstreamTimeouts
 from tests.gateway.conftest import Gateway, StartGateway
+from tests.gateway.upstream import mock
+
+__all__ = ["mock"]
 
 CHAT = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
-
-
-@pytest.fixture
-def mock() -> Iterator[MockUpstream]:
-    """A misbehaving server in a thread of its own; no socket may be left open at the end."""
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    server = MockUpstream()
-    asyncio.run_coroutine_threadsafe(server.start(), loop).result(5)
-    yield server
-    asyncio.run_coroutine_threadsafe(server.stop(), loop).result(5)
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
-    loop.close()
 
 
 Start = Callable[..., Gateway]

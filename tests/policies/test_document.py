@@ -135,6 +135,26 @@ def test_the_names_of_replica_policies_are_the_table_s() -> None:
         ("aliases:\n  a: no\n", "p.yaml:2: aliases.a: write true or false, or put quotes round 'no'"),
         ("aliases:\n  a: 7\n", "p.yaml:2: aliases.a: Input should be a valid string; put quotes round it"),
         ("aliases:\n  a: 2026-01-01\n", "p.yaml:2: aliases.a: put quotes round '2026-01-01'"),
+        ("priorities:\n  classes: {chat: 0}\n  default: chta\n",
+         "p.yaml:3: priorities.default: 'chta' is not among the classes; did you mean 'chat'?"),
+        ("priorities:\n  classes: {chat: 0}\n  default: chat\n  tiers:\n    flex: {to: batch}\n",
+         "p.yaml:5: priorities.tiers.flex.to: 'batch' is not among the classes; known: chat"),
+        ("priorities:\n  classes: {chat: 101}\n  default: chat\n", "p.yaml:2: priorities.classes.chat: "),
+        ("priorities: {classes: {}, default: chat}", "at least 1 item"),
+        ("priorities: {classes: {a: 0}, default: a, tiers: {fast: {to: a}}}", "'flex' or 'priority'"),
+        ("admission:\n  max_queued: 0\n", "p.yaml:2: admission.max_queued: "),
+        ("admission:\n  max_qeued: 1\n", "did you mean 'max_queued'?"),
+        ("admission:\n  deadline_s: 5\n  max_deadline_s: 1\n", "p.yaml:1: admission: deadline_s must not be longer"),
+        ("admission: {models: {a: {deadline_s: 1}}}", "unknown key"),
+        ("retries:\n  on: [lsot]\n", "p.yaml:2: retries.on[0]: Input should be 'lost', "),
+        ("retries:\n  on: [lsot]\n", "did you mean 'lost'?"),
+        ("retries:\n  attempts: 17\n", "p.yaml:2: retries.attempts: "),
+        ("retries:\n  breaker: {failures: 0, cooldown_s: 1}\n", "p.yaml:2: retries.breaker.failures: "),
+        ("retries:\n  breaker: {failures: 1}\n", "p.yaml:2: retries.breaker.cooldown_s: Field required"),
+        ("retries: {models: {a: {breaker: {failures: 1, cooldown_s: 1}}}}", "unknown key"),
+        ("hedging:\n  a: {max_share: 5%}\n", "p.yaml:2: hedging.a: needs exactly one of after_s and after_quantile"),
+        ("hedging:\n  a: {after_s: 1}\n", "p.yaml:2: hedging.a.max_share: Field required"),
+        ("hedging:\n  a: {after_s: 1, max_share: 5%, to: a}\n", "p.yaml:2: hedging.a.to: must be another model"),
         ("canary: {share: 0}", "greater than 0"),
         ("canary: {share: 101%}", "less than or equal to 1"),
         ("canary: {share: five%}", "a percentage like 5%"),
@@ -178,10 +198,6 @@ budgets:
   - {key: "*", usd: 5, window: day, alerts: {at: [50%, 0.9], webhook: "https://ops.example/hook"}}
   - {team: acme, tokens: 1000000, window: month, downgrade: {at: 90%, to: small}}
 rate_limits: [{key: alice, requests_per_minute: 60, concurrency: 4}]
-priorities: {classes: {chat: 0, batch: 10}, default: chat, keys: {nightly: batch}}
-admission: {max_queued: 100, deadline_s: 30, models: {big: {max_queued: 10}}}
-retries: {attempts: 3, wait_s: 20, breaker: {failures: 5, cooldown_s: 10}}
-hedging: {big: {after_s: 0.5, max_share: 5%}}
 groups: {auto: {models: [small, big], session: {keep_model: true}}}
 """
     )

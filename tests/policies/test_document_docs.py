@@ -60,18 +60,8 @@ def test_every_key_is_explained() -> None:
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
-def test_the_documents_that_come_along_are_valid_and_so_are_their_commented_parts_one_day(
-    path: Path, monkeypatch
-) -> None:
-    text = path.read_text()
-    parse(text, path.name, names=FLEETS[path.name])
-    head, _, rest = text.partition("# Not supported yet:")
-    assert rest, "each shows what is to come"
-    _, _, commented = rest.partition("\n")
-    with pytest.raises(DocumentError, match="not supported yet"):
-        parse(head + re.sub(r"^# ?", "", commented, flags=re.MULTILINE))
-    monkeypatch.setattr("policies.section.NOT_YET", frozenset())
-    parse(head + re.sub(r"^# ?", "", commented, flags=re.MULTILINE))
+def test_the_documents_that_come_along_are_valid(path: Path) -> None:
+    parse(path.read_text(), path.name, names=FLEETS[path.name])
 
 
 def test_the_schema_beside_them_is_the_one_that_the_code_makes() -> None:

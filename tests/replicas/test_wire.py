@@ -69,6 +69,7 @@ def test_a_request_survives_the_wire(ids: tuple[int, ...], tenant: str, seq: int
         deadline_s=0.1,
         max_queued=7,
         max_queued_per_key=3,
+        max_queued_tokens=9,
     )
     message = wire.decode_to_replica(wire.encode(wire.submit(seq, request)))
     assert isinstance(message, wire.Submit)
