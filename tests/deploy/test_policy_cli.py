@@ -205,12 +205,11 @@ async def test_running_gateways_know_their_models_and_confirm(signalbox: Signalb
 
 
 def test_the_database_is_the_running_instance_s(home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    fleet = tmp_path / "own.yaml"
-    fleet.write_text(FLEET + f"gateway: {{database: 'sqlite:///{tmp_path}/own.db'}}\n")
+    own = f"sqlite:///{tmp_path}/own.db"
     assert generations_cli.database_url() == f"sqlite:///{home}/signalbox.db"
-    record = Instance(pid=1, host="127.0.0.1", port=8000, fleet=str(fleet), log="")
+    record = Instance(pid=1, host="127.0.0.1", port=8000, fleet="default", log="", database=own)
     monkeypatch.setattr(instance, "running", lambda: record)
-    assert generations_cli.database_url() == f"sqlite:///{tmp_path}/own.db"
+    assert generations_cli.database_url() == own
     assert generations_cli.database_url("sqlite:///given.db") == "sqlite:///given.db"
 
 

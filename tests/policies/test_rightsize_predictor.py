@@ -200,7 +200,8 @@ def test_prediction_takes_less_than_two_milliseconds_for_the_median_long_prompt(
 
 def test_predicting_loads_neither_torch_nor_scikit_learn_nor_matplotlib(folder: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from policies.rightsize.choose import Predictor;"
+        "import sys; from pathlib import Path; import policies.rightsize.choose;"
+        "from policies.rightsize.predictor import Predictor;"
         f"Predictor.load(Path({str(folder)!r})).predict('hi');"
         "print([n for n in ('torch', 'sklearn', 'scipy', 'matplotlib', 'ray', 'fastapi') if n in sys.modules])"
     )
