@@ -26,6 +26,8 @@ from policies.traffic import Recorded
 
 PICO = 10**12
 _DRAWS = 400
+# Sections of the document that change nothing here.
+_UNSEEN = ("priorities", "admission", "retries", "hedging")
 _LEAST_STRETCHES, _MOST_STRETCHES = 8, 40
 
 Columns = Mapping[str, Floats]
@@ -147,6 +149,9 @@ def replay(
     unknown = sum(1 for ask in asks if not ask.quality)
     if unknown and any(group.trade for rules in (serving, candidate) for group in rules.groups.values()):
         notes = (*notes, f"{unknown} requests have no recorded prediction: the rule of thumb chose their model")
+    stated = {name for rules in (serving, candidate) for name in _UNSEEN if getattr(rules.document, name)}
+    if stated:
+        notes = (*notes, f"not simulated: what the policies say of {', '.join(sorted(stated))}")
     return Replay(
         requests=len(asks),
         span_s=asks[-1].arrival_s,

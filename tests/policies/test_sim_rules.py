@@ -146,6 +146,11 @@ def test_a_slower_and_dearer_generation_is_found_out_with_intervals() -> None:
     assert not violations(parse_gate("ttft_p95<=60s"), found)
 
 
+def test_what_is_not_simulated_is_said() -> None:
+    found = replay(recorded(20), WORLD, rules(CHAT), rules(CHAT + "admission: {max_queued: 4}\n"))
+    assert found.notes[-1] == "not simulated: what the policies say of admission"
+
+
 def test_a_budget_that_blocks_shows_as_blocks_and_not_as_rejects() -> None:
     tight = CHAT + 'budgets: [{key: "*", tokens: 1000, window: total}]\n'
     found = replay(recorded(200), WORLD, rules(CHAT), rules(tight))
