@@ -47,6 +47,7 @@ from gateway.telemetry import traces_wanted
 from gateway.totals import METRICS, Totals
 from gateway.traffic import FOLDER, TrafficRecorder
 from policies.selection import ModelGroup
+from replicas.process import settle_down
 
 if TYPE_CHECKING:
     from gateway.tracing import Tracing
@@ -146,6 +147,8 @@ class _Gateway:
                 lambda: fleet.connections, lambda: gauges(fleet.upstreams, fleet.routes, ledger, policies)
             )
             self._running = _Running(services, fleet, endpoints, admin, mailbox)
+            if config.alone:
+                settle_down()
             try:
                 yield
             finally:

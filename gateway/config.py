@@ -95,8 +95,8 @@ class GatewayConfig:
     key_poll_s: how often changed keys are read; with one poll's own time it must stay below `key_stale_s`, the age
     beyond which a decision first waits for a fresh read.
     lease_s: how long a gateway may be silent before another closes what it has reserved; the same for all of them.
-    server_cancels: the ASGI server cancels the handler when the client hangs up (Ray Serve does; uvicorn does not).
     server_sends_request_id: the server adds x-request-id to responses itself (Ray Serve does).
+    alone: nothing else of importance runs in this process, so its interpreter may be set up for the gateway.
     """
 
     models: tuple[ServedModel, ...]
@@ -111,8 +111,8 @@ class GatewayConfig:
     key_stale_s: float = 0.9
     connect_timeout_s: float = 5.0
     lease_s: float = LEASE_S
-    server_cancels: bool = False
     server_sends_request_id: bool = False
+    alone: bool = False
 
     def __post_init__(self) -> None:
         if not self.models:

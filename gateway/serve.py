@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,7 +22,6 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 30.0
 _RETRY_S = 0.2
-_SWITCH_S = 0.0005
 
 
 class RayDirectory:
@@ -71,10 +69,7 @@ class Gateway:
     """One gateway process. `replicas` only ties the models' deployments to this application; no call goes through."""
 
     def __init__(self, config: GatewayConfig, directory: str, replicas: Sequence[Any]) -> None:
-        # A thread of the database that has a few milliseconds of Python to do must not keep a first token waiting for
-        # the interpreter's usual five.
-        sys.setswitchinterval(_SWITCH_S)
-        self._config = replace(config, gateway_id=new_gateway_id(), server_cancels=True, server_sends_request_id=True)
+        self._config = replace(config, gateway_id=new_gateway_id(), server_sends_request_id=True, alone=True)
         self._directory = directory
         self._replicas = replicas
 

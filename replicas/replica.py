@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -22,6 +21,7 @@ from ray import serve
 
 from replicas.directory import DIRECTORY, directory_actor
 from replicas.journal import Journal
+from replicas.process import settle_down
 from replicas.protocol import TokenEngine
 from replicas.server import ReplicaServer
 
@@ -31,7 +31,6 @@ HEALTH_PERIOD_S = 1.0
 HEALTH_TIMEOUT_S = 20.0
 # How often a replica looks for journals that others have left for good.
 ADOPT_PERIOD_S = 5.0
-_SWITCH_S = 0.0005
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,8 +90,6 @@ class Replica:
 
     def __init__(self, spec: ReplicaSpec, resolve: Callable[[str], str], prepare: Callable[[], object]) -> None:
         """In the replica's process: `prepare` is called first, `resolve` turns the spec's source into a local path."""
-        # Ray's own threads in this process must not keep a token waiting for the interpreter's usual five milliseconds.
-        sys.setswitchinterval(_SWITCH_S)
         prepare()
         if spec.source:
             spec = replace(spec, source=resolve(spec.source))
@@ -109,6 +106,7 @@ class Replica:
             host=ray.util.get_node_ip_address(),
             journal=Journal(Path(spec.journals), incarnation) if spec.journals else None,
         )
+        settle_down()
         self._address = self._server.start()
         self._directory = directory_actor(spec.directory)
         self._directory.register.remote(self._address)
