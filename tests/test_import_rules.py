@@ -47,6 +47,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {  # module: (anywhere, inside fun
     ),
     "replicas.upstream_tokens": (set(), {"tiktoken"}),
     "replicas.replica": ({"replicas", "msgspec", "zmq", "ray", "tokenizers"}, {"torch"}),
+    "replicas.process": (set(), set()),
     "replicas.directory": ({"replicas.protocol"}, {"ray"}),
     "gateway": (
         {
@@ -55,6 +56,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {  # module: (anywhere, inside fun
             "replicas.protocol",
             "replicas.wire",
             "replicas.client",
+            "replicas.process",
             "replicas.upstream",
             "replicas.upstream_config",
             "replicas.upstream_errors",
