@@ -158,19 +158,27 @@ class Scheduler:
                 continue
             turn.spend(seq, allowed)
             count = self._count(seq, budget, behind=len(self.running) - i - 1) if allowed == lacking else allowed
-            while not self._can_extend(seq, count):
-                if seq.drafts:  # a guess is never worth somebody's place
-                    count, seq.drafts = count - len(seq.drafts), []
-                    continue
-                # Victims come from behind, so nothing that this step already holds is ever taken back.
-                if self._reclaim_from_waiting(keep=seq):
-                    continue
-                if self._preempt(step, i, turn, now) is seq:
-                    return budget
+            count = self._make_room(step, i, count, turn, now)
+            if count == 0:  # it gave up its own place, and another stands there now
+                continue
             self._extend(step, seq, count, now)
             budget -= count
             i += 1
         return budget
+
+    def _make_room(self, step: Step, i: int, count: int, turn: Turn, now: float) -> int:
+        """Blocks for `count` tokens of running[i], others' if need be: how many of them it computes now.
+
+        0: it is the one that gave up its place. Victims come from behind, so nothing that this step already holds is
+        ever taken back.
+        """
+        seq = self.running[i]
+        while not self._can_extend(seq, count):
+            if seq.drafts:  # a guess is never worth somebody's place
+                count, seq.drafts = count - len(seq.drafts), []
+            elif not self._reclaim_from_waiting(keep=seq) and self._preempt(step, i, turn, now) is seq:
+                return 0
+        return count
 
     def _count(self, seq: Sequence, budget: int, behind: int) -> int:
         """Tokens of `seq` to compute: those it lacks, and its drafts as far as they leave one each to those behind."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from replicas.engine.bench_fairness import Seen, Traffic, World, capacity
@@ -177,6 +177,7 @@ def test_at_a_full_engine_the_key_with_the_most_seats_makes_way() -> None:
     reserve=st.sampled_from([0.0, 0.125, 0.5]),
     slow=st.floats(0, 0.3),
 )
+@example(seed=65409, seqs=2, budget=20, blocks=14, reserve=0.0, slow=0.0)  # a flood's own victim ended the whole step
 def test_everybody_ends_whatever_the_keys_priorities_and_sizes(
     seed: int, seqs: int, budget: int, blocks: int, reserve: float, slow: float
 ) -> None:

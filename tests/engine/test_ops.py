@@ -180,9 +180,9 @@ def test_auto_takes_native_in_float32_and_torch_otherwise() -> None:
 
 def test_a_forced_choice_that_cannot_be_had_says_why_and_what_can() -> None:
     cpu = torch.device("cpu")
-    with pytest.raises(ConfigError, match=r"ops 'native' .* float32, not in bfloat16; usable: auto, torch$"):
+    with pytest.raises(ConfigError, match=r"ops 'native' .* float32, not in bfloat16; usable: auto, torch(, triton)?$"):
         choose_ops(cpu, torch.bfloat16, "native")
-    with pytest.raises(ConfigError, match=r"ops 'nativ' .* unknown name; usable: auto, native, torch$"):
+    with pytest.raises(ConfigError, match=r"ops 'nativ' .* unknown name; usable: auto, native, torch(, triton)?$"):
         choose_ops(cpu, torch.float32, "nativ")
 
 
