@@ -102,8 +102,7 @@ class Generate:
         laps.lap("auth")
         rules = await rules_for(services.policies, key.id)
         exchange.record = record = self._record(exchange, key, rules.generation)
-        # when this request first waits for something
-        asyncio.get_running_loop().call_soon(services.book.add, record)
+        services.book.add(record)
         try:
             until = deadline(header(scope, TIMEOUT_HEADER), rules.document.admission, exchange.started)
             if until is not None:

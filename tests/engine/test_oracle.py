@@ -152,7 +152,7 @@ def test_decodes_padded_to_buckets_as_graphs_have_them(
     engine = Engine(EngineConfig(model=str(gguf), num_blocks=2048, max_model_len=1024, step_graphs="eager"))
     assert_same(oracle, prompts, expected, run(engine, prompts))
     assert engine._graphs is not None
-    assert engine._graphs.replays >= TOKENS - 2
+    assert engine._graphs.replays > TOKENS // 2  # the others were prompts, or both
 
 
 def test_chunked_prefill_preemption_and_random_arrivals(
