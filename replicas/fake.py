@@ -68,7 +68,7 @@ class FakeEngine:
             self._tally = os.open(settings.tally, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._clock = clock
         self._card = card or fake_card(settings)
-        self._script = script(tokenizer or byte_tokenizer())
+        self._script = script(tokenizer or byte_tokenizer(), multibyte=settings.multibyte)
         self._bytes = dict(zip(self._script.token_ids, self._script.pieces, strict=True))
         self._limits = settings.line_limits
         self._waiting: WaitingLine[Job] = WaitingLine(self._limits)

@@ -21,6 +21,7 @@ class FakeSettings:
     raise_after_tokens: then `step` itself raises. hang_after_tokens: then `step` does not return.
     crash_after_tokens: then the process dies as by kill -9. refuse_as_full: every `add` raises QueueFull.
     start_delay_s: the constructor takes so long. logprob: what every token is said to have; None refuses logprobs.
+    multibyte: the text has characters of several bytes, which come with the last of their tokens.
     tally: a file to which the request's id is appended with every token that is made, for recounts; "" for none.
     """
 
@@ -43,6 +44,7 @@ class FakeSettings:
     refuse_as_full: bool = False
     start_delay_s: float = 0.0
     logprob: float | None = None
+    multibyte: bool = False
     tally: str = ""
 
     @property

@@ -21,13 +21,16 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-# Latin words with some characters of two, three and four bytes, so that streams are seen to tear none of them.
 _WORDS = (
     "lorem ipsum dolor sit amet consectetur adipiscing elit sed do eiusmod tempor incididunt ut labore et dolore magna "
-    "aliqua café enim ad minim veniam quis nostrud naïve exercitation ullamco laboris nisi 東京 aliquip ex ea commodo "
-    "consequat duis aute irure dolor in reprehenderit voluptate velit esse cillum eu fugiat nulla pariatur 🚀 "
-    "excepteur sint occaecat cupidatat non proident sunt culpa qui officia deserunt mollit anim id est laborum"
+    "aliqua enim ad minim veniam quis nostrud exercitation ullamco laboris nisi aliquip ex ea commodo consequat duis "
+    "aute irure dolor in reprehenderit voluptate velit esse cillum eu fugiat nulla pariatur excepteur sint occaecat "
+    "cupidatat non proident sunt culpa qui officia deserunt mollit anim id est laborum"
 )
+# Characters of two, three and four bytes, to show that streams tear none of them. Not said unless asked for: with a
+# tokenizer of bytes, all but the last token of such a character bring no text, which a client that times a stream
+# would take for a stall.
+_MULTIBYTE_WORDS = " café naïve 東京 🚀"
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -60,8 +63,9 @@ class Script:
         return self.starts[int.from_bytes(digest, "little") % len(self.starts)]
 
 
-def script(tokenizer: Tokenizer, *, words: str = _WORDS) -> Script:
-    """The words as `tokenizer` cuts them, with what each token adds to the text."""
+def script(tokenizer: Tokenizer, *, multibyte: bool = False) -> Script:
+    """The words as `tokenizer` cuts them, with what each token adds to the text. multibyte: see `FakeSettings`."""
+    words = _WORDS + (_MULTIBYTE_WORDS if multibyte else "")
     ids = tokenizer.encode(words + " ", add_special_tokens=False).ids
     ends = [len(_decoded(tokenizer, ids[: i + 1])) for i in range(len(ids))]
     whole = _decoded(tokenizer, ids)

@@ -83,10 +83,15 @@ def test_each_choice_finishes_and_the_last_one_brings_the_usage(ask: Ask) -> Non
 
 
 def test_no_chunk_tears_a_character_and_nothing_is_lost(ask: Ask) -> None:
-    [chunks] = run(FakeEngine(), ask("hello", max_tokens=900)).values()
+    [chunks] = run(FakeEngine(FakeSettings(multibyte=True)), ask("hello", max_tokens=900)).values()
     whole = text(chunks)
     assert "\N{REPLACEMENT CHARACTER}" not in whole
     assert all(word in whole for word in ("café", "東京", "🚀"))
+
+
+def test_every_token_brings_text_unless_characters_of_several_bytes_are_asked_for(ask: Ask) -> None:
+    [chunks] = run(FakeEngine(), ask("hello", max_tokens=900)).values()
+    assert all(len(chunk.text) == len(chunk.token_ids) == 1 for chunk in chunks)
 
 
 def test_a_stop_string_ends_the_text_before_it(ask: Ask) -> None:
