@@ -26,7 +26,8 @@ def usage(
 ) -> None:
     """Show what was used and what it cost by day, key, team and model, and how every budget stands.
 
-    Days are UTC. Usage that was not known and is charged as reserved is counted under "estimated".
+    Days are UTC. Usage that was not known and is charged as reserved is counted under "estimated";
+    tokens that were made and shown to nobody, because a replica died or a caller left, are "unbilled".
     """
     from gateway.admin_usage import checked_since, read_usage
     from gateway.db.database import open_engine, reading
@@ -56,9 +57,9 @@ def _day(since: str) -> str:
 
 
 def _show(found: Usage) -> None:
-    columns = ("day", "key", "team", "model", "requests", "prompt", "cached", "generated", "USD", "estimated")
+    amounts = ("requests", "prompt", "cached", "generated", "USD", "estimated", "unbilled")
     rows = [[one.period, one.key, one.team, one.model, *_amounts(one)] for one in found.data]
-    table(columns, [*rows, ["total", "", "", "", *_amounts(found.total)]])
+    table(("day", "key", "team", "model", *amounts), [*rows, ["total", "", "", "", *_amounts(found.total)]])
     if found.budgets:
         of = ("budget of", "window", "unit", "cap", "spent", "reserved", "left", "overrun", "ends")
         table(of, [row for one in found.budgets for row in _standing(one)])
@@ -66,7 +67,7 @@ def _show(found: Usage) -> None:
 
 def _amounts(used: Any) -> list[str]:
     counts = (used.requests, used.prompt_tokens, used.cached_tokens, used.completion_tokens)
-    return [*map(str, counts), _usd(used.cost_usd), str(used.estimated or "")]
+    return [*map(str, counts), _usd(used.cost_usd), str(used.estimated or ""), str(used.unbilled_tokens or "")]
 
 
 def _usd(amount: float) -> str:

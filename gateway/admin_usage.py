@@ -35,7 +35,9 @@ class _Closed(BaseModel):
 
 
 class Used(_Closed):
-    """requests: attempts that were charged. estimated: those of them whose usage was not known and was assumed."""
+    """requests: attempts that were charged. estimated: those of them whose usage was not known and was assumed.
+    unbilled_tokens: made for attempts that failed or were cut short, shown to nobody and charged to nobody.
+    """
 
     requests: int
     estimated: int
@@ -43,6 +45,7 @@ class Used(_Closed):
     cached_tokens: int
     completion_tokens: int
     cost_usd: float
+    unbilled_tokens: int
 
 
 class UsedBy(Used):

@@ -7,7 +7,8 @@
         meter.end()                         # settled or released
 
 Retries, a cascade's two models, a fallback and a shadow are attempts of their own. An attempt that brought no token is
-given back as a whole; one that was cut short pays for the tokens that came.
+given back as a whole; one that was cut short pays for the tokens that came. Tokens that were made and that nobody was
+shown, because the answer began again elsewhere, are noted as unbilled: the house bears them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING
 from gateway.ledger.entries import Reservation, Spend, note
 from policies.budget import Account, Price, Subject
 from policies.limits import RateLimit
-from replicas.protocol import Chunk, Usage
+from replicas.protocol import Chunk, ReplicaLost, SignalboxError, Usage
 from replicas.upstream_messages import UpstreamUsage
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class Meter:
     """Counts what an attempt brings, and ends it on the books.
 
     used: what is known to have been used, if anybody has said so. cached: tokens of the prompt that were not computed.
-    void: nobody saw anything of it.
+    void: nobody saw anything of it. unseen: its replica may be making tokens that do not come here.
     """
 
     job: Job
@@ -78,10 +79,11 @@ class Meter:
     cached: int = 0
     used: Usage | None = None
     void: bool = False
+    unseen: bool = False
 
-    @property
-    def note(self) -> str:
-        """What the replica's journal is to know of it; "" where nothing is reserved."""
+    def handed_over(self) -> str:
+        """To a replica, and what its journal is to know of it; "" where nothing is reserved."""
+        self.unseen = True
         held = self.reservation
         return note(held.spend) if held is not None and held.in_database else ""
 
@@ -92,6 +94,12 @@ class Meter:
                 self.cached = chunk.timing.cached_tokens
             if chunk.usage is not None:
                 self.used = chunk.usage
+                self.unseen = False
+
+    def failed(self, error: SignalboxError, *, shown: bool) -> None:
+        """A replica that tells of an error has told everything before it; of a lost one nobody knows."""
+        self.void = not shown
+        self.unseen = self.unseen and isinstance(error, ReplicaLost)
 
     def end(self) -> None:
         """Once, when the attempt is over."""
@@ -101,9 +109,10 @@ class Meter:
             return
         if usage.prompt_tokens or usage.completion_tokens:
             estimated = isinstance(usage, UpstreamUsage) and usage.estimated
-            bill.ledger.settle(reservation, usage, estimated=estimated)
+            bill.ledger.settle(reservation, usage, estimated=estimated, cut=self.unseen)
         else:
-            bill.ledger.release(reservation)
+            made = self.produced if self.used is None else self.used.completion_tokens
+            bill.ledger.release(reservation, unbilled=made, cut=self.unseen)
 
     def _usage(self) -> Usage:
         if self.void:

@@ -57,7 +57,7 @@ async def generate(fleet: Fleet, job: Job, retries: Retries) -> Chunks:
             choice = _choose(fleet, job, tried) or await _wait_for_replica(fleet, job, tried, last, until, retries)
             job.began(choice.decision, choice.connection.address.endpoint)
             permit = routes.permit(choice)
-            named = _named(request, attempt, meter.note, job, choice, routes)
+            named = _named(request, attempt, meter.handed_over(), job, choice, routes)
             with routes.counted(route, choice):
                 async with aclosing(choice.connection.generate(named)) as stream:
                     async for ready in stream:
@@ -79,7 +79,7 @@ async def generate(fleet: Fleet, job: Job, retries: Retries) -> Chunks:
                 raise
             outcome = outcome_at_replica(error)
             job.failed(error)
-            meter.void = not job.shown
+            meter.failed(error, shown=job.shown)
             if job.shown or not may_retry(error, retries):
                 later(error, retries)
                 raise

@@ -18,7 +18,10 @@ _LOOK_S = 0.002
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One attempt of a request on the books. cost, reserved: pico-dollars. estimated: 1 where it is marked so."""
+    """One attempt of a request on the books. cost, reserved: pico-dollars. estimated: 1 where it is marked so.
+
+    unbilled: tokens that were made beyond completion_tokens, and that nobody pays.
+    """
 
     id: str
     key: str
@@ -30,6 +33,7 @@ class Row:
     cost: int
     estimated: int
     reserved: int
+    unbilled: int
 
 
 class Books:
@@ -63,7 +67,7 @@ class Books:
     def requests(self) -> list[Row]:
         rows = self._all(
             "SELECT id, key, state, source, prompt_tokens, max_tokens, completion_tokens, cost_usd, estimated,"
-            " reserved_usd FROM ledger_requests"
+            " reserved_usd, unbilled_tokens FROM ledger_requests"
         )
         return [Row(*row) for row in rows]
 

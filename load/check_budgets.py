@@ -1,14 +1,14 @@
 """Budgets under fire: exactly what a cap allows is served, and what a killed gateway left is billed exactly once.
 
-    python -m load.check_budgets                      # SQLite and PostgreSQL, 10 kills on each
+    python -m load.check_budgets                      # SQLite and PostgreSQL, 20 kills on each
     python -m load.check_budgets --database sqlite --kills 3
 
 Starts an instance of its own for each database: two gateways, two replicas with fake engines. First 200 requests come
 at once, each of which uses its whole reservation, against keys whose budgets allow exactly 50: streamed and whole, in
 tokens and in dollars. Then gateways are killed with SIGKILL at random moments under load; in every fourth round a
-replica as well, after its journal was deleted. After each kill the books are held against the engines' own count of
-every request's tokens, and against what its client saw. All the time a watch reads every account: spent + reserved must
-be within the cap.
+replica as well, in another a replica whose journal was deleted before. After each kill the books are held against the
+engines' own count of every request's tokens, and against what its client saw. All the time a watch reads every account:
+spent + reserved must be within the cap.
 
 A PostgreSQL server is started from Debian's package or the wheel `pgserver`, unless --postgres-url names one.
 Exit status: 0 all held · 1 something did not · 2 cannot begin.
@@ -23,18 +23,19 @@ import json
 import random
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from load.books import Books, Watch
 from load.http1 import clock, parse_url
 from load.instance import Instance
-from load.kills import PATH, Kills, Round, one_round
+from load.kills import GATEWAY, PATH, WITH_JOURNAL, WITH_REPLICA, Kills, Round, one_round
 from load.live_client import Admin, Client, Reply
 from load.loop import run
 from load.units import LoadError
@@ -42,8 +43,28 @@ from load.units import LoadError
 MODEL, TOKENS, PROMPT = "fake", 16, "How much may I spend today, and who is going to pay for it?"
 PRICE = {"input": 1.0, "output": 3.0}  # USD per million tokens
 BURST, ALLOWED = 200, 50
-_LOSES_JOURNAL = 4  # every so many rounds
-_ENDS = ("gateway", "journal", "reserved", "released")
+# In turn.
+_VICTIMS = (GATEWAY, WITH_REPLICA, GATEWAY, WITH_JOURNAL)
+_COUNTS = {
+    "kills": "",
+    "whole": "complete",
+    "cut": "cut",
+    "5xx": "refused",
+    "made": "made",
+    "billed": "billed",
+    "unbilled": "unbilled",
+    "unwritten": "unwritten",
+    "gateway": "by_gateway",
+    "journal": "by_journal",
+    "reserved": "as_reserved",
+    "released": "released",
+    "marked": "marked",
+}
+_LEGEND = """\
+whole, cut, 5xx: answers as clients saw them. made: tokens by the engines' count; billed, unbilled: on the books.
+unwritten: of steps in which a replica died. gateway, journal, reserved, released: attempts by how they ended there;
+reserved ones are estimated. marked: cut short, and no journal is left that could tell more. open: longest of a round.
+"""
 FLEET = """
 models:
   - name: {model}
@@ -58,7 +79,7 @@ gateway: {{replicas: 2, num_cpus: 0.25, lease_s: {lease_s}}}
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    kills: int = 10
+    kills: int = 20
     callers: int = 24
     lease_s: float = 2.0
     tokens_per_s: float = 60.0
@@ -84,6 +105,26 @@ class Found:
     rounds: list[Round] = field(default_factory=list)
     looks: int = 0
     violations: list[str] = field(default_factory=list)
+
+
+class Told(Protocol):
+    """What came of something on one database, for who watches; done: so many bursts and kills more."""
+
+    def __call__(self, text: str, *, done: int = 0) -> None: ...
+
+
+@contextlib.contextmanager
+def watched(console: Console, kind: str, plan: Plan) -> Iterator[Told]:
+    """A line for everything that is told and, on a terminal, a bar that says how much is left."""
+    columns = (TextColumn(kind), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task(kind, total=len(_kinds()) + plan.kills)
+
+        def told(text: str, *, done: int = 0) -> None:
+            progress.update(bar, advance=done)
+            console.print(f"{kind}: {text}", style="dim")
+
+        yield told
 
 
 # -------------------------------------------------------------------------------------------------------------- bursts
@@ -153,7 +194,7 @@ def _spent(database: str, key: str) -> tuple[int, int] | None:
 # --------------------------------------------------------------------------------------------------------- an instance
 
 
-async def check(instance: Instance, plan: Plan, tally: Path, found: Found, note: Any) -> None:
+async def check(instance: Instance, plan: Plan, tally: Path, found: Found, told: Told) -> None:
     """Everything on one running instance."""
     keys = {key: await asyncio.to_thread(instance.key, key) for key, _, _ in _kinds()}
     spender = await asyncio.to_thread(instance.key, "kills")
@@ -166,28 +207,27 @@ async def check(instance: Instance, plan: Plan, tally: Path, found: Found, note:
         with watch:
             for key, stream, _ in _kinds():
                 found.bursts.append(await burst(instance, key, keys[key], stream))
-                note(f"{key}: {found.bursts[-1].answers}")
-            await kills(instance, client, plan, tally, found, note)
+                told(f"{key}: {found.bursts[-1].answers}", done=1)
+            await kills(instance, client, plan, tally, found, told)
     found.looks = watch.looks
     found.violations += watch.breaches[:10]
     found.violations += [violation for each in found.bursts for violation in each.violations]
     found.violations += [violation for each in found.rounds for violation in each.violations]
 
 
-async def kills(instance: Instance, client: Client, plan: Plan, tally: Path, found: Found, note: Any) -> None:
+async def kills(instance: Instance, client: Client, plan: Plan, tally: Path, found: Found, told: Told) -> None:
     dice = random.Random(plan.seed)
     for number in range(1, plan.kills + 1):
-        lose = number % _LOSES_JOURNAL == 0
         began = clock()
-        kills_ = Kills(model=MODEL, callers=plan.callers, lose=lose)
+        kills_ = Kills(model=MODEL, callers=plan.callers, victims=_VICTIMS[(number - 1) % len(_VICTIMS)])
         made = await one_round(instance, client, tally, kills_, dice)
         found.rounds.append(made)
-        note(f"kill {number}: {clock() - began:.1f} s, {len(made.violations)} violations")
+        told(f"kill {number}: {clock() - began:.1f} s, {len(made.violations)} violations", done=1)
     if plan.kills and not any(made.by_journal for made in found.rounds):
         found.violations.append("no kill left anything for a journal to settle: nothing was shown")
 
 
-def check_database(kind: str, url: str, plan: Plan, note: Any) -> Found:
+def check_database(kind: str, url: str, plan: Plan, told: Told) -> Found:
     """Starts an instance on that database and takes it down. LoadError when it cannot begin or go on."""
     found = Found(kind)
     with contextlib.ExitStack() as stack:
@@ -196,9 +236,9 @@ def check_database(kind: str, url: str, plan: Plan, note: Any) -> Found:
         instance.fleet = FLEET.format(
             model=MODEL, price=json.dumps(PRICE), rate=plan.tokens_per_s, tally=tally, lease_s=plan.lease_s
         )
-        note(f"{kind}: starting an instance")
+        told("starting an instance")
         stack.enter_context(instance)
-        run(check(instance, plan, tally, found, note))
+        run(check(instance, plan, tally, found, told))
     return found
 
 
@@ -212,22 +252,22 @@ def show(found: Sequence[Found], console: Console) -> None:
             refused = str(each.answers.get("429 insufficient_quota", 0))
             table.add_row(one.database, each.what, str(each.answers.get("200", 0)), refused, f"{each.seconds:.1f}")
     console.print(table)
-    table = Table("database", "killed", "whole", "cut", "5xx", "made", "billed", *_ENDS, "open", title="kill -9")
     for one in found:
-        for made in one.rounds:
-            counts = (made.complete, made.cut, made.refused, made.made, made.billed)
-            ends = (made.by_gateway, made.by_journal, made.as_reserved, made.released)
-            killed = "both, journal" if made.lost_journal else "gateway"
-            table.add_row(one.database, killed, *map(str, (*counts, *ends)), f"{made.open_after_s:.1f} s")
-    console.print(table)
-    console.print(
-        "whole, cut, 5xx: answers as clients saw them. made, billed: tokens by the engines' count and on the books.\n"
-        f"{', '.join(_ENDS)}: attempts by how they ended there; reserved ones are estimated. open: until nothing was."
-    )
+        table = Table("killed", *_COUNTS, "open", title=f"kill -9, {one.database}")
+        for victims in dict.fromkeys(_VICTIMS):
+            table.add_row(victims, *_summed([made for made in one.rounds if made.victims == victims]))
+        table.add_row("all", *_summed(one.rounds))
+        console.print(table)
+    console.print(_LEGEND)
     for one in found:
         console.print(f"{one.database}: caps looked at {one.looks} times; {len(one.violations)} violations")
         for violation in one.violations[:10]:
             console.print(f"  VIOLATED {violation}", markup=False)
+
+
+def _summed(rounds: Sequence[Round]) -> list[str]:
+    sums = [sum(getattr(made, name) for made in rounds) for name in _COUNTS.values() if name]
+    return [str(len(rounds)), *map(str, sums), f"{max((made.open_after_s for made in rounds), default=0.0):.1f} s"]
 
 
 def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -247,12 +287,13 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     chosen = options(arguments)
     plan = Plan(kills=chosen.kills, callers=chosen.callers, seed=chosen.seed)
-    console, found = Console(highlight=False, width=120), []
+    console, found = Console(highlight=False, width=140), []
     try:
         with contextlib.ExitStack() as stack:
             for kind in chosen.database or ("sqlite", "postgresql"):
                 url = "" if kind == "sqlite" else chosen.postgres_url or _server(stack)
-                found.append(check_database(kind, url, plan, lambda text: console.print(text, style="dim")))
+                with watched(console, kind, plan) as told:
+                    found.append(check_database(kind, url, plan, told))
     except LoadError as error:
         print(f"check_budgets: {error}", file=sys.stderr)
         return 2

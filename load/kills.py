@@ -10,7 +10,7 @@ import asyncio
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,33 +25,41 @@ _LONGEST = 60
 # Of load from the moment that both gateways are at work to the latest kill, and after it.
 _LATEST_S, _AFTER_S = 1.0, 0.6
 _GATEWAYS = 2
-_BACK_S, _CLOSED_S = 60.0, 60.0
+_BACK_S, _CLOSED_S, _COMPARED_S = 60.0, 60.0, 60.0
+# Who dies in a round.
+GATEWAY, WITH_REPLICA, WITH_JOURNAL = "gateway", "and replica", "and journal"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kills:
-    """How a round is done. callers: at once. lose: kill a replica too, after its journal was deleted."""
+    """How a round is done. callers: at once. victims: who dies."""
 
     model: str
     callers: int
-    lose: bool = False
+    victims: str = GATEWAY
 
 
 @dataclass
 class Round:
-    """One kill and what came of it. lost_journal: a replica died as well, and its journal was deleted before."""
+    """One kill and what came of it. marked: attempts cut short that no journal could tell of, so more may be made.
 
-    lost_journal: bool = False
+    unwritten: tokens of the step in which a replica died. It writes a step's down when the step is over.
+    """
+
+    victims: str = GATEWAY
     complete: int = 0
     refused: int = 0
     cut: int = 0
     open_after_s: float = 0.0
     made: int = 0
     billed: int = 0
+    unbilled: int = 0
     by_gateway: int = 0
     by_journal: int = 0
     as_reserved: int = 0
     released: int = 0
+    marked: int = 0
+    unwritten: int = 0
     violations: list[str] = field(default_factory=list)
 
 
@@ -109,7 +117,7 @@ async def until(condition: Callable[[], bool], limit_s: float, what: str) -> Non
 
 async def one_round(instance: Instance, client: Client, tally: Path, plan: Kills, dice: random.Random) -> Round:
     """Load, a kill at a random moment, and the recount of every request of this round."""
-    found = Round(lost_journal=plan.lose)
+    found = Round(plan.victims)
     books = Books(instance.database)
     try:
         await until(lambda: not books.reserving(), _CLOSED_S, "the books were not closed")
@@ -120,7 +128,7 @@ async def one_round(instance: Instance, client: Client, tally: Path, plan: Kills
         try:
             await until(lambda: len(books.reserving()) == _GATEWAYS, _BACK_S, "two gateways were not at work")
             await asyncio.sleep(dice.uniform(0, _LATEST_S))
-            await asyncio.to_thread(strike, instance, dice, plan.lose)
+            await asyncio.to_thread(strike, instance, dice, plan.victims)
             killed = clock()
             await asyncio.sleep(_AFTER_S)
         finally:
@@ -128,18 +136,31 @@ async def one_round(instance: Instance, client: Client, tally: Path, plan: Kills
             answers = await flowing
         await until(lambda: not books.reserving(), _CLOSED_S, "reserved was not 0")
         found.open_after_s = clock() - killed
+        if plan.victims != WITH_JOURNAL:
+            await until(lambda: not _short(books, before, tally), _COMPARED_S, "what was cut short was not compared")
         rows = [row for row in await asyncio.to_thread(books.requests) if row.id not in before]
     finally:
         books.close()
-    judge(found, answers, rows, Counter((await asyncio.to_thread(tally.read_text)).split()))
+    judge(found, answers, rows, await asyncio.to_thread(_tallied, tally))
     return found
 
 
-def strike(instance: Instance, dice: random.Random, lose: bool) -> None:
-    """SIGKILL for a gateway; `lose`: and for a replica, whose journal goes first."""
+def _short(books: Books, before: Collection[str], tally: Path) -> bool:
+    """Whether of something that was cut short less is on the books than was made and written: a journal has to tell."""
+    made = _tallied(tally)
+    rows = [row for row in books.requests() if row.source == "cut" and row.id not in before]
+    return any(row.completion_tokens + row.unbilled < made[row.id] - 1 for row in rows)
+
+
+def _tallied(tally: Path) -> Counter[str]:
+    return Counter(tally.read_text().split())
+
+
+def strike(instance: Instance, dice: random.Random, victims: str) -> None:
+    """SIGKILL for a gateway, and as `victims` says for a replica too, whose journal may go first."""
     gateway = dice.choice(instance.gateways())
-    replica = dice.choice(instance.replicas()) if lose else None
-    journal = None if replica is None else instance.journal(replica)
+    replica = dice.choice(instance.replicas()) if victims != GATEWAY else None
+    journal = instance.journal(replica) if replica is not None and victims == WITH_JOURNAL else None
     if journal is not None:
         journal.unlink()
     kill(gateway)
@@ -157,6 +178,7 @@ def judge(found: Round, answers: Sequence[Answered], rows: Sequence[Row], made: 
     for id in made.keys() - known.keys():
         found.violations.append(f"{id}: {made[id]} tokens were made and are not on the books")
     found.made, found.billed = sum(made.values()), sum(row.completion_tokens for row in rows)
+    found.unbilled = sum(row.unbilled for row in rows)
 
 
 def _judge_answer(found: Round, answer: Answered) -> None:
@@ -178,20 +200,23 @@ def _judge_answer(found: Round, answer: Answered) -> None:
 
 
 def _judge_row(found: Round, row: Row, made: int) -> None:
-    found.by_gateway += row.source == "gateway" and row.state == "settled"
+    found.by_gateway += row.source in ("gateway", "compared", "cut") and row.state == "settled"
     found.by_journal += row.source == "journal" and row.state == "settled"
     found.as_reserved += row.source == "reserved"
     found.released += row.state == "released"
-    billed = row.completion_tokens
+    found.marked += row.source == "cut"
+    noted = row.completion_tokens + row.unbilled
     if row.source == "reserved":
-        as_reserved = row.estimated and row.cost == row.reserved and billed == row.max_tokens
-        if not found.lost_journal or not as_reserved:
+        as_reserved = row.estimated and row.cost == row.reserved and noted == row.max_tokens
+        if found.victims != WITH_JOURNAL or not as_reserved:
             found.violations.append(f"{row.id}: charged as reserved, {row}")
     elif row.estimated:
         found.violations.append(f"{row.id}: marked as estimated, {row}")
-    elif row.source == "gateway" and found.lost_journal:
-        # of an answer that its replica could not finish, its caller pays what came, or nothing where nothing came
-        if billed > made:
-            found.violations.append(f"{row.id}: {made} tokens were made, {billed} are billed by its gateway")
-    elif billed != made:
-        found.violations.append(f"{row.id}: {made} tokens were made, {billed} are billed ({row.source}, {row.state})")
+    elif row.source == "cut" and found.victims == WITH_JOURNAL:
+        # marked: what had come is on the books, and the journal that would know of more is gone
+        if noted > made:
+            found.violations.append(f"{row.id}: {made} tokens were made, {noted} are on the books, {row}")
+    elif found.victims == WITH_REPLICA and row.source in ("journal", "compared", "cut") and made - noted == 1:
+        found.unwritten += 1
+    elif noted != made:
+        found.violations.append(f"{row.id}: {made} tokens were made, {noted} are on the books, {row}")

@@ -138,7 +138,8 @@ ledger_accounts = Table(
 )
 
 # One row per attempt of a request. `state` is open, settled or released and leaves "open" once. `holds` is JSON: the
-# accounts and gates that an open row has something reserved in. `source` says where the usage came from.
+# accounts and gates that an open row has something reserved in. `source` says where the usage came from, see
+# gateway.ledger.entries; `unbilled_tokens` were made beyond completion_tokens, and nobody pays them.
 ledger_requests = Table(
     "ledger_requests",
     metadata,
@@ -165,6 +166,7 @@ ledger_requests = Table(
     Column("overrun_usd", BigInteger, nullable=False),
     Column("estimated", Integer, nullable=False),
     Column("source", String(16), nullable=False),
+    Column("unbilled_tokens", BigInteger, nullable=False, server_default="0"),
     Index(
         "ix_ledger_requests_open",
         "gateway_id",
@@ -187,6 +189,7 @@ ledger_usage = Table(
     Column("cached_tokens", BigInteger, nullable=False),
     Column("completion_tokens", BigInteger, nullable=False),
     Column("cost_usd", BigInteger, nullable=False),
+    Column("unbilled_tokens", BigInteger, nullable=False, server_default="0"),
 )
 
 # The state behind a rate limit (policies.limits.Gate); id is the scope. `promises` is JSON.

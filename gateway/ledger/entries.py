@@ -11,10 +11,12 @@ from policies.budget import Account, Price, Subject
 from policies.limits import RateLimit, Standing
 from replicas.protocol import RateLimited, Usage
 
-# Where the usage of a settled request came from.
-GATEWAY = "gateway"
+# Where the usage of a request that has ended came from.
+GATEWAY = "gateway"  # who answered has told it
 JOURNAL = "journal"
 RESERVED = "reserved"
+CUT = "cut"  # what had come when it was cut short; its replica may have made more
+COMPARED = "compared"  # cut, and since held against the journal of its replica
 
 
 def attempt_id(request_id: str, attempt: int) -> str:
@@ -89,11 +91,12 @@ class LimitReached(RateLimited):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ending:
-    """How a request ended. `usage` None: nothing is charged."""
+    """How a request ended. `usage` None: nothing is charged. unbilled: tokens that were made and that nobody pays."""
 
     usage: Usage | None
     estimated: bool = False
     source: str = GATEWAY
+    unbilled: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,9 +29,9 @@ from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 from gateway.config import LEASE_S
 from gateway.db.database import Database
 from gateway.ledger import usage
-from gateway.ledger.entries import Beat, Close, Ending, Operation, Record, Reservation, Reserve, Spend
+from gateway.ledger.entries import CUT, GATEWAY, Beat, Close, Ending, Operation, Record, Reservation, Reserve, Spend
 from gateway.ledger.sql import Statements
-from gateway.ledger.transaction import Journaled, Outcome, Taken, commit, take_over
+from gateway.ledger.transaction import Journaled, Outcome, Taken, commit, compare, take_over
 from gateway.ledger.work import Alert
 from policies.budget import Account
 from policies.limits import RateLimit
@@ -65,7 +65,7 @@ class _Pending:
 class Ledger:
     """Belongs to one event loop, from `start` to `aclose`. `clock` gives Unix seconds, on any thread.
 
-    on_closed: told of the attempts whose ending has just been committed.
+    on_closed: told of the endings that have just been committed.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Ledger:
         self._links: set[str] = set()
         self._linked: set[str] = set()
         self._lost: dict[str, frozenset[str]] = {}
-        self.on_closed: Callable[[Collection[str]], None] | None = None
+        self.on_closed: Callable[[Collection[Close]], None] | None = None
         self._closing = False
 
     # ---------------------------------------------------------------- life
@@ -155,23 +155,26 @@ class Ledger:
             raise
         return result
 
-    def settle(self, reservation: Reservation, usage: Usage, *, estimated: bool = False) -> asyncio.Future[bool]:
+    def settle(
+        self, reservation: Reservation, usage: Usage, *, estimated: bool = False, cut: bool = False
+    ) -> asyncio.Future[bool]:
         """Charge what was used and give back the rest, once: True by the call that did it.
 
+        cut: a replica may have made more than that, which its journal will tell.
         False: it was settled or released before, or another gateway took it over after this one's lease had run out.
         """
-        return self._end(reservation, Ending(usage=usage, estimated=estimated))
+        return self._end(reservation, Ending(usage=usage, estimated=estimated, source=CUT if cut else GATEWAY))
 
-    def release(self, reservation: Reservation) -> asyncio.Future[bool]:
-        """Give all of it back, because nothing ran. Otherwise like `settle`."""
-        return self._end(reservation, Ending(usage=None))
+    def release(self, reservation: Reservation, *, unbilled: int = 0, cut: bool = False) -> asyncio.Future[bool]:
+        """Give all of it back, because nothing is to be paid for `unbilled` tokens. Otherwise like `settle`."""
+        return self._end(reservation, Ending(usage=None, source=CUT if cut else GATEWAY, unbilled=unbilled))
 
     def _end(self, reservation: Reservation, ending: Ending) -> asyncio.Future[bool]:
         if self._open.pop(reservation.id, None) is None:
             return self._answered(False)
         if reservation.in_database:
             return self._submit(Close(reservation.id, ending))
-        if ending.usage is None:
+        if ending.usage is None and not ending.unbilled:
             return self._answered(True)
         pending = _Pending(Record(reservation.spend, ending, reservation.began_at), self._future())
         self._records.append(pending)
@@ -207,9 +210,18 @@ class Ledger:
             }
         )
 
-    async def open_among(self, request_ids: Collection[str]) -> set[str]:
-        """Those of the attempts that something is reserved for."""
-        return await self._database.read(lambda connection: usage.open_among(connection, request_ids))
+    async def compare(self, made: Mapping[str, int]) -> set[str]:
+        """Hold what a journal says was made, by attempt id, against the books; the ids that they are done with.
+
+        What was made and not charged for one that was cut short is noted as unbilled.
+        """
+        found = await self._database.read(lambda connection: usage.endings(connection, made))
+        cut = {id: made[id] for id, source in found.items() if source == CUT}
+        if cut:
+            await self._database.write(
+                lambda connection: compare(connection, cut, by=self.gateway_id, now=self.clock())
+            )
+        return {id for id in made if found.get(id) != ""}
 
     async def take_over(
         self, gateway_id: str, journaled: Journaled, *, complete: bool, elsewhere: Collection[str] = ()
@@ -295,7 +307,7 @@ class Ledger:
         for one, result in zip(batch, outcome.results, strict=False):  # a Beat of our own has no caller
             self._resolve(one, result)
         self._tell(outcome.alerts)
-        closed = [operation.id for operation in operations if isinstance(operation, Close)]
+        closed = [operation for operation in operations if isinstance(operation, Close)]
         if closed and self.on_closed is not None:
             self.on_closed(closed)
         return True

@@ -71,6 +71,7 @@ def _attempt(row: RequestRow) -> dict[str, object]:
         "prompt_tokens": row.prompt_tokens,
         "cached_tokens": row.cached_tokens,
         "completion_tokens": row.completion_tokens,
+        "unbilled_tokens": row.unbilled_tokens,
         "began_at": row.began_at,
         "ended_at": row.ended_at,
     }

@@ -123,6 +123,13 @@ def take_over(
     return Taken(**counts, recorded=len(recorded), alerts=tuple(alerts))
 
 
+def compare(connection: Connection, made: Mapping[str, int], *, by: str, now: float) -> None:
+    """Of attempts that were cut short, note what was made and not charged, each once however many gateways try."""
+    work = Work(connection, by, now)
+    work.compare(made)
+    work.write()
+
+
 def _ending(row: RequestRow, journaled: Journaled, complete: bool) -> tuple[str, Ending]:
     if row.id in journaled:
         usage = journaled[row.id][0]

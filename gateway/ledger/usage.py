@@ -19,7 +19,10 @@ _MOST_IDS = 500
 
 
 class Total(NamedTuple):
-    """One key's use of one model on a day ("2026-11-24") or in a month ("2026-11"). cost_usd is in pico-dollars."""
+    """One key's use of one model on a day ("2026-11-24") or in a month ("2026-11"). cost_usd is in pico-dollars.
+
+    unbilled_tokens: made for it, and paid by nobody.
+    """
 
     period: str
     key: str
@@ -31,6 +34,7 @@ class Total(NamedTuple):
     cached_tokens: int
     completion_tokens: int
     cost_usd: int
+    unbilled_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,16 +110,17 @@ def used(connection: Connection, accounts: Sequence[Account], now: float) -> dic
     return {account: (usd, tokens) for account, usd, tokens in rows}
 
 
-def open_among(connection: Connection, ids: Collection[str]) -> set[str]:
-    """Those of the attempts that something is still reserved for."""
-    wanted, found = list(ids), set[str]()
+def endings(connection: Connection, ids: Collection[str]) -> dict[str, str]:
+    """Where the usage of those attempts came from, "" of open ones; what is not on the books is not there."""
+    wanted, found = list(ids), dict[str, str]()
     for at in range(0, len(wanted), _MOST_IDS):
         part = wanted[at : at + _MOST_IDS]
         marks = ",".join("?" * len(part))
         rows = Statements(connection).run(
-            f"SELECT id FROM ledger_requests WHERE state='open' AND id IN ({marks})", *part
+            f"SELECT id, CASE state WHEN 'open' THEN '' ELSE source END FROM ledger_requests WHERE id IN ({marks})",
+            *part,
         )
-        found.update(row[0] for row in rows)
+        found.update(dict(rows))
     return found
 
 
@@ -144,7 +149,7 @@ def prune(connection: Connection, now: float, retention: Retention | None = None
         total = months.setdefault((period[:7], key, team, model), [0] * len(amounts))
         total[:] = [have + more for have, more in zip(total, numbers, strict=True)]
     statements.many(
-        f"INSERT INTO ledger_usage ({', '.join(Total._fields)}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+        f"INSERT INTO ledger_usage ({', '.join(Total._fields)}) VALUES ({', '.join('?' * len(Total._fields))})"
         " ON CONFLICT (period, key, team, model) DO UPDATE SET "
         + ", ".join(f"{name}=ledger_usage.{name}+excluded.{name}" for name in amounts),
         [(*who, *numbers) for who, numbers in sorted(months.items())],

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import msgspec
 from sqlalchemy import Connection
 
-from gateway.ledger.entries import RESERVED, Ending, LimitReached, Record, Reservation, Reserve, Spend
+from gateway.ledger.entries import COMPARED, CUT, RESERVED, Ending, LimitReached, Record, Reservation, Reserve, Spend
 from gateway.ledger.limits import Gates, gate_id, limit_of
 from gateway.ledger.rows import AccountRow, Accounts, account_row_id
 from gateway.ledger.sql import Row, Statements
@@ -48,6 +48,7 @@ class RequestRow(NamedTuple):
     overrun_usd: int = 0
     estimated: int = 0
     source: str = ""
+    unbilled_tokens: int = 0
 
 
 REQUEST_COLUMNS = ", ".join(RequestRow._fields)
@@ -82,6 +83,7 @@ class Work:
         self._gates = Gates(self.statements)
         self._opened: dict[str, RequestRow] = {}
         self._closed: list[Row] = []
+        self._compared: list[Row] = []
         self._usage: dict[tuple[str, str, str, str], list[int]] = {}
         self._alerts: list[Alert] = []
 
@@ -184,27 +186,33 @@ class Work:
             limit, gate = limit_of(id, *most), self._gates.gates[id]
             limits.finish(limit, gate, int(self._now * 1e6), unused, ran=ending.usage is not None)
         overrun = max(0, cost - row.reserved_usd)
-        state = "released" if ending.usage is None else "settled"
         prompt_tokens = row.prompt_tokens if ending.usage is None else usage.prompt_tokens
         self._closed.append(
             (
-                *(state, self._now, prompt_tokens, usage.cached_tokens, usage.completion_tokens),
-                *(cost, overrun, int(ending.estimated), ending.source, row.id),
+                *(_state(ending), self._now, prompt_tokens, usage.cached_tokens, usage.completion_tokens),
+                *(cost, overrun, int(ending.estimated), ending.source, ending.unbilled, row.id),
             )
         )
-        if ending.usage is not None:
-            self._count((row.key, row.team, row.model), usage, cost, ending.estimated)
+        self._count((row.key, row.team, row.model), ending, cost)
 
     def record(self, records: Sequence[Record]) -> set[str]:
         """Note usage that nothing was reserved for; the ids that were not known yet."""
         rows = {record.spend.id: self._settled_row(record) for record in records}
         new = self.statements.inserted("ledger_requests", REQUEST_COLUMNS, list(rows.values()))
         for record in records:
-            usage = record.ending.usage
-            if record.spend.id in new and usage is not None:
-                subject, cost = record.spend.subject, record.spend.price.cost(usage)
-                self._count((subject.key, subject.team, subject.model), usage, cost, record.ending.estimated)
+            if record.spend.id in new:
+                subject = record.spend.subject
+                self._count((subject.key, subject.team, subject.model), record.ending, _cost(record))
         return new
+
+    def compare(self, made: Mapping[str, int]) -> None:
+        """Lock those that were cut short; what was made for them, by id, and is not charged is noted as unbilled."""
+        for found in self.statements.locked(REQUEST_COLUMNS, "ledger_requests", made, f"AND source='{CUT}'"):
+            row = RequestRow._make(found)
+            unbilled = max(row.unbilled_tokens, made[row.id] - row.completion_tokens)
+            self._compared.append((unbilled, COMPARED, row.id))
+            more = Ending(usage=None, unbilled=unbilled - row.unbilled_tokens)
+            self._count((row.key, row.team, row.model), more, 0)
 
     # ---------------------------------------------------------------- what it writes
 
@@ -216,20 +224,23 @@ class Work:
                 raise InvalidRequest("a request with this id has a reservation already")
         statements.many(
             "UPDATE ledger_requests SET state=?, ended_at=?, prompt_tokens=?, cached_tokens=?, completion_tokens=?,"
-            " cost_usd=?, overrun_usd=?, estimated=?, source=?, holds='' WHERE id=? AND state='open'",
+            " cost_usd=?, overrun_usd=?, estimated=?, source=?, unbilled_tokens=?, holds=''"
+            " WHERE id=? AND state='open'",
             self._closed,
         )
+        statements.many("UPDATE ledger_requests SET unbilled_tokens=?, source=? WHERE id=?", self._compared)
         self._accounts.write()
         self._gates.write()
         statements.many(
             "INSERT INTO ledger_usage (period, key, team, model, requests, estimated, prompt_tokens, cached_tokens,"
-            " completion_tokens, cost_usd) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (period, key, team, model)"
-            " DO UPDATE SET requests=ledger_usage.requests+excluded.requests,"
+            " completion_tokens, cost_usd, unbilled_tokens) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+            " ON CONFLICT (period, key, team, model) DO UPDATE SET requests=ledger_usage.requests+excluded.requests,"
             " estimated=ledger_usage.estimated+excluded.estimated,"
             " prompt_tokens=ledger_usage.prompt_tokens+excluded.prompt_tokens,"
             " cached_tokens=ledger_usage.cached_tokens+excluded.cached_tokens,"
             " completion_tokens=ledger_usage.completion_tokens+excluded.completion_tokens,"
-            " cost_usd=ledger_usage.cost_usd+excluded.cost_usd",
+            " cost_usd=ledger_usage.cost_usd+excluded.cost_usd,"
+            " unbilled_tokens=ledger_usage.unbilled_tokens+excluded.unbilled_tokens",
             [(*who, *amounts) for who, amounts in sorted(self._usage.items())],
         )
         statements.many(
@@ -243,9 +254,12 @@ class Work:
         )
         return [replace(alert, row=replace(alert.row)) for alert in self._alerts]
 
-    def _count(self, who: tuple[str, str, str], usage: Usage, cost: int, estimated: bool) -> None:
-        day = datetime.fromtimestamp(self._now, UTC).strftime("%Y-%m-%d")
-        amounts = (1, int(estimated), usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens, cost)
+    def _count(self, who: tuple[str, str, str], ending: Ending, cost: int) -> None:
+        if ending.usage is None and not ending.unbilled:
+            return
+        day, usage = datetime.fromtimestamp(self._now, UTC).strftime("%Y-%m-%d"), ending.usage or NOTHING_USED
+        tokens = (usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens)
+        amounts = (int(ending.usage is not None), int(ending.estimated), *tokens, cost, ending.unbilled)
         total = self._usage.setdefault((day, *who), [0] * len(amounts))
         for position, amount in enumerate(amounts):
             total[position] += amount
@@ -274,7 +288,7 @@ class Work:
     def _settled_row(self, record: Record) -> RequestRow:
         usage = record.ending.usage or NOTHING_USED
         return self._open_row(record.spend, "")._replace(
-            state="settled",
+            state=_state(record.ending),
             prompt_tokens=usage.prompt_tokens,
             reserved_usd=0,
             reserved_tokens=0,
@@ -282,9 +296,10 @@ class Work:
             ended_at=self._now,
             cached_tokens=usage.cached_tokens,
             completion_tokens=usage.completion_tokens,
-            cost_usd=record.spend.price.cost(usage),
+            cost_usd=_cost(record),
             estimated=int(record.ending.estimated),
             source=record.ending.source,
+            unbilled_tokens=record.ending.unbilled,
         )
 
     def _over_budget(self, account: Account, row: AccountRow, spend: Spend) -> BudgetExceeded:
@@ -300,6 +315,14 @@ class Work:
             f"{written(used)} are spent or reserved, and this request may need {written(need)}",
             retry_after_s=end - self._now if end is not None and fits_next else None,
         )
+
+
+def _state(ending: Ending) -> str:
+    return "released" if ending.usage is None else "settled"
+
+
+def _cost(record: Record) -> int:
+    return 0 if record.ending.usage is None else record.spend.price.cost(record.ending.usage)
 
 
 def _fits(used: int, need: int, cap: int | None) -> bool:

@@ -8,13 +8,17 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import httpx
 import pytest
+from typer.testing import CliRunner
 
+from deploy.cli import app
+from gateway import journals
 from gateway.config import ServedModel
 from gateway.db.database import open_engine, reading
 from gateway.ledger import usage
@@ -149,6 +153,34 @@ def test_a_client_that_hangs_up_pays_cached_tokens_as_such(start: Start) -> None
         (total,) = usage.totals(connection)
     engine.dispose()
     assert (total.requests, total.prompt_tokens, total.cached_tokens) == (2, 128, 48)
+
+
+def test_tokens_of_an_answer_that_began_again_elsewhere_are_borne_by_the_house(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The caller pays for the one answer that it got; what the dead replica had made is on the books all the same."""
+    monkeypatch.setattr(journals, "_SOON_S", 0.2)
+    gateway = start("budgets: [{key: test, tokens: 5000, window: hour}]", FakeSettings(tokens_per_s=50))
+    dying = gateway.replicas[0]
+    with ThreadPoolExecutor(1) as callers, gateway.http() as http:
+        asked = callers.submit(http.post, "/v1/completions", json={**BODY, "max_tokens": 100})
+        gateway.wait_until(lambda: dying.engine.stats().generation_tokens > 5)
+        heir = gateway.add(name="heir")
+        gateway.remove(dying)
+        dying.server.stop()
+        answer = asked.result()
+    assert answer.json()["usage"]["completion_tokens"] == 100
+    heir.server.adopt()
+    made, token = dying.engine.stats().generation_tokens, gateway.admin_token()
+
+    def attempts() -> list[tuple[Any, ...]]:
+        found = gateway.explain(answer.headers["x-request-id"], token)[0]["steps"][0]["ledger"]
+        return [(one["source"], one["completion_tokens"], one["unbilled_tokens"]) for one in found]
+
+    gateway.wait_until(lambda: attempts() == [("compared", 0, made), ("gateway", 100, 0)])
+    assert [one.spent_tokens for one in settled(gateway)] == [20 + 100]
+    shown = CliRunner().invoke(app, ["usage", "--json", "--database", gateway.config.database_url])
+    assert json.loads(shown.stdout)["total"]["unbilled_tokens"] == made
 
 
 def test_what_no_replica_took_costs_nothing(start: Start) -> None:

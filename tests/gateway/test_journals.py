@@ -12,12 +12,13 @@ import pytest
 from sqlalchemy import create_engine, text
 
 from gateway.journals import ReplicaJournals
-from gateway.ledger.entries import note
+from gateway.ledger.entries import Reservation, note
 from gateway.ledger.ledger import Ledger
 from gateway.ledger.recovery import Recovery
+from gateway.ledger.usage import totals
 from replicas.client import ReplicaConnection
 from replicas.fake import FakeSettings
-from replicas.protocol import GenerateRequest, SamplingParams
+from replicas.protocol import GenerateRequest, SamplingParams, Usage
 from tests.gateway.conftest import Replica
 from tests.gateway.ledgers import ALICE, Clock, accounts, running, spend, standing
 
@@ -39,7 +40,8 @@ class Scene:
         self.replicas = [Replica.start(settings, name, journals=folder / "journals") for name in ("r1", "r2")]
         self.fleet = Fleet()
         self.connections: list[ReplicaConnection] = []
-        self.recovery = Recovery(heir, ReplicaJournals(self.fleet, heir, {"elsewhere"}))  # type: ignore[arg-type]
+        self.journals = ReplicaJournals(self.fleet, heir, {"elsewhere"})  # type: ignore[arg-type]
+        self.recovery = Recovery(heir, self.journals)
 
     async def connect(self) -> None:
         for replica in self.replicas:
@@ -49,10 +51,10 @@ class Scene:
 
     async def ask(
         self, id: str, replica: int, *, tokens: int = 5, take: int | None = None, model: str = "model"
-    ) -> None:
+    ) -> Reservation:
         """Reserve for it, and have it answered (up to `take` tokens), but never settle."""
         cost = spend(id, 3, 50)
-        await self.dead.reserve(cost, accounts(usd=10**6))
+        held = await self.dead.reserve(cost, accounts(usd=10**6))
         sampling = SamplingParams(max_tokens=tokens)
         request = GenerateRequest(request_id=id, prompt_token_ids=(1, 2, 3), sampling=sampling, note=note(cost))
         count = 0
@@ -61,6 +63,7 @@ class Scene:
                 count += sum(len(chunk.token_ids) for chunk in ready)
                 if take is not None and count >= take:
                     break
+        return held
 
     async def die(self) -> None:
         """Its connections break, its lease runs out."""
@@ -81,6 +84,25 @@ class Scene:
             found = connection.execute(text("SELECT * FROM ledger_requests")).all()
         engine.dispose()
         return {row.id: (row.state, row.source, row.completion_tokens, row.estimated) for row in found}
+
+    async def compare(self) -> None:
+        """Journals with books, twice, as two gateways would, once no engine runs; acknowledgements arrive."""
+        async with asyncio.timeout(5):
+            while not all(replica.idle() for replica in self.replicas):
+                await asyncio.sleep(0.005)
+        for connection in (*self.fleet.connections, *self.fleet.connections):
+            await self.journals.tidy(connection)
+        await asyncio.sleep(0.3)
+
+    def unbilled(self) -> dict[str, int]:
+        """By id; asserts that the totals say the same."""
+        engine = create_engine(self.url)
+        with engine.begin() as connection:
+            found = connection.execute(text("SELECT id, unbilled_tokens FROM ledger_requests")).all()
+            total = sum(one.unbilled_tokens for one in totals(connection))
+        engine.dispose()
+        assert total == sum(row.unbilled_tokens for row in found)
+        return {row.id: row.unbilled_tokens for row in found}
 
     async def aclose(self) -> None:
         for connection in (*self.connections, *self.fleet.connections):
@@ -175,3 +197,40 @@ async def test_a_gateway_that_slept_notes_its_links_anew(scene: Scene) -> None:
     awake: Any = await scene.dead.reserve(spend("again", 3, 50), accounts(usd=10**6))
     assert await scene.heir.links("gw-1") == links
     await scene.dead.release(awake)
+
+
+async def test_what_was_made_and_did_not_come_is_noted_once_and_charged_to_nobody(scene: Scene) -> None:
+    held = await scene.ask("cut", 1, tokens=1000, take=3)
+    await scene.dead.settle(held, Usage(prompt_tokens=3, completion_tokens=3), cut=True)
+    await scene.compare()
+    made = scene.replicas[1].engine.stats().generation_tokens
+    assert made >= 3
+    assert scene.rows() == {"cut": ("settled", "compared", 3, 0)}
+    assert scene.unbilled() == {"cut": made - 3}
+    (after,) = standing(scene.url)
+    assert (after.spent_tokens, after.reserved_tokens) == (6, 0)
+    assert [(await one.journal("")).entries for one in scene.fleet.connections] == [(), ()]
+
+
+async def test_of_a_replica_that_died_the_one_that_took_its_journal_over_tells(scene: Scene) -> None:
+    held = await scene.ask("begun again", 1, tokens=20, take=20)
+    await scene.lose(1)
+    await scene.dead.release(held, unbilled=4, cut=True)
+    await scene.compare()
+    assert scene.unbilled() == {"begun again": 4}
+    assert scene.rows() == {"begun again": ("released", "cut", 0, 0)}, "marked as long as no journal has told"
+    await asyncio.to_thread(scene.replicas[0].server.adopt)
+    await scene.compare()
+    assert scene.unbilled() == {"begun again": 20}
+    assert scene.rows() == {"begun again": ("released", "compared", 0, 0)}
+
+
+async def test_an_ending_that_is_known_is_not_compared(scene: Scene) -> None:
+    """What a replica has told to the end stands, and so does a request that is still open."""
+    held = await scene.ask("told", 0, tokens=7)
+    await scene.ask("open", 0, tokens=7)
+    await scene.dead.settle(held, Usage(prompt_tokens=3, completion_tokens=7))
+    await scene.compare()
+    assert scene.rows() == {"told": ("settled", "gateway", 7, 0), "open": ("open", "", 0, 0)}
+    assert scene.unbilled() == {"told": 0, "open": 0}
+    assert [entry.request_id for entry in (await scene.fleet.connections[0].journal("")).entries] == ["open"]

@@ -11,12 +11,14 @@ import pytest
 
 from load.books import Books, Row, Watch, breaches
 from load.check_budgets import ALLOWED, PRICE, TOKENS, document, options
-from load.kills import Answered, Round, judge
+from load.kills import GATEWAY, WITH_JOURNAL, WITH_REPLICA, Answered, Round, judge
 from load.live_client import Reply
 from policies.document import FleetNames, parse
 
-ROW = Row("a", "kills", "settled", "gateway", 10, 40, 7, 31, 0, 130)
+ROW = Row("a", "kills", "settled", "gateway", 10, 40, 7, 31, 0, 130, 0)
 LOST = replace(ROW, source="reserved", completion_tokens=40, cost=130, estimated=1)
+AGAIN = replace(ROW, state="released", source="compared", completion_tokens=0, cost=0, unbilled=7)
+CUT = replace(ROW, source="cut", unbilled=1)
 
 
 def answer(stream: bool, tokens: int, most: int = 7, done: bool = True) -> Answered:
@@ -25,34 +27,41 @@ def answer(stream: bool, tokens: int, most: int = 7, done: bool = True) -> Answe
     return Answered(stream, most, Reply(0.0, 1.0, 200, {}, body))
 
 
-def judged(rows: list[Row], made: dict[str, int], answers: tuple[Answered, ...] = (), lost: bool = False) -> Round:
-    found = Round(lost_journal=lost)
+def judged(rows: list[Row], made: dict[str, int], answers: tuple[Answered, ...] = (), victims: str = GATEWAY) -> Round:
+    found = Round(victims)
     judge(found, answers, rows, made)
     return found
 
 
 @pytest.mark.parametrize(
-    ("rows", "made", "lost", "complaint"),
+    ("rows", "made", "victims", "complaint"),
     [
-        ([ROW], {"a": 7}, False, ""),
-        ([replace(ROW, source="journal")], {"a": 7}, False, ""),
-        ([replace(ROW, source="journal")], {"a": 8}, False, "8 tokens were made, 7 are billed"),
-        ([ROW], {"a": 7, "b": 1}, False, "b: 1 tokens were made and are not on the books"),
-        ([replace(ROW, state="released", completion_tokens=0, cost=0)], {"a": 7}, False, "0 are billed"),
-        ([LOST], {"a": 7}, True, ""),
-        ([LOST], {"a": 7}, False, "charged as reserved"),
-        ([replace(LOST, cost=31)], {"a": 7}, True, "charged as reserved"),
-        ([replace(LOST, estimated=0)], {"a": 7}, True, "charged as reserved"),
-        ([replace(ROW, estimated=1)], {"a": 7}, False, "marked as estimated"),
-        ([ROW], {"a": 9}, True, ""),  # its replica died: the caller pays what came
-        ([ROW], {"a": 6}, True, "6 tokens were made, 7 are billed by its gateway"),
-        ([replace(ROW, source="journal")], {"a": 9}, True, "9 tokens were made, 7 are billed"),
+        ([ROW], {"a": 7}, GATEWAY, ""),
+        ([replace(ROW, source="journal")], {"a": 7}, GATEWAY, ""),
+        ([replace(ROW, source="journal")], {"a": 8}, GATEWAY, "8 tokens were made, 7 are on the books"),
+        ([ROW], {"a": 7, "b": 1}, GATEWAY, "b: 1 tokens were made and are not on the books"),
+        ([replace(ROW, state="released", completion_tokens=0, cost=0)], {"a": 7}, GATEWAY, "0 are on the books"),
+        ([LOST], {"a": 7}, WITH_JOURNAL, ""),
+        ([LOST], {"a": 7}, GATEWAY, "charged as reserved"),
+        ([LOST], {"a": 7}, WITH_REPLICA, "charged as reserved"),
+        ([replace(LOST, cost=31)], {"a": 7}, WITH_JOURNAL, "charged as reserved"),
+        ([replace(LOST, estimated=0)], {"a": 7}, WITH_JOURNAL, "charged as reserved"),
+        ([replace(ROW, estimated=1)], {"a": 7}, GATEWAY, "marked as estimated"),
+        ([AGAIN], {"a": 7}, WITH_REPLICA, ""),  # the answer began again elsewhere: the house pays
+        ([AGAIN], {"a": 8}, WITH_REPLICA, ""),  # of the step in which it died: written nowhere
+        ([AGAIN], {"a": 9}, WITH_REPLICA, "9 tokens were made, 7 are on the books"),
+        ([AGAIN], {"a": 8}, GATEWAY, "8 tokens were made, 7 are on the books"),
+        ([CUT], {"a": 8}, WITH_REPLICA, ""),
+        ([CUT], {"a": 10}, WITH_REPLICA, "10 tokens were made, 8 are on the books"),
+        ([CUT], {"a": 9}, WITH_JOURNAL, ""),  # marked, as nothing is left that could tell
+        ([CUT], {"a": 7}, WITH_JOURNAL, "7 tokens were made, 8 are on the books"),
+        ([ROW], {"a": 9}, WITH_JOURNAL, "9 tokens were made, 7 are on the books"),
     ],
 )
 def test_books_are_held_against_the_engines_count(
-    rows: list[Row], made: dict[str, int], lost: bool, complaint: str
+    rows: list[Row], made: dict[str, int], victims: str, complaint: str
 ) -> None:
-    violations = judged(rows, made, lost=lost).violations
+    violations = judged(rows, made, victims=victims).violations
     assert [complaint in violation for violation in violations] == [True] * bool(complaint), violations
 
 
