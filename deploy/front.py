@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,8 @@ def _show_ready(fleet: Fleet, key: str | None) -> None:
     console.print(f"endpoint  {record.base_url}/v1")
     console.print(f"key       {key or 'made earlier and not kept; `signalbox keys create NAME` makes another'}")
     console.print(f"models    {', '.join(model.name for model in fleet.models)}")
-    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
+    question = {"role": "user", "content": "What is the capital of France?"}
+    body = json.dumps({"model": model, "messages": [question], "temperature": 0})
     console.print(
         f'curl {record.base_url}/v1/chat/completions -H "Authorization: Bearer {shown}" '
         f"-H 'Content-Type: application/json' -d {shlex.quote(body)}",
