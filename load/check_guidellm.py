@@ -2,7 +2,7 @@
 
     python -m load.check_guidellm [--json FILE]
 
-GuideLLM is installed by pip into an environment of its own on the first run (--peer-env). Both tools ask the same
+GuideLLM is installed by pip into an environment of its own on the first run (--peers). Both tools ask the same
 server for the same: first a closed loop, then a constant rate. Exit status 1 if either is off by more than 3 %
 anywhere.
 
@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -39,6 +38,7 @@ from rich.table import Table as Grid
 
 from load import results
 from load.arrivals import Stage
+from load.environments import GUIDELLM, ROOT, interpreter
 from load.execute import execute
 from load.http1 import parse_url
 from load.plan import Arrivals, ClosedLoop, OpenLoop, Plan, Target
@@ -47,7 +47,7 @@ from load.summary import Judging, summarise
 from load.units import LoadError
 from load.workload import Contents, Synthetic, parse_lengths
 
-PEER, PEER_TORCH = "guidellm==0.8.1", "torch==2.13.0"
+PEER = GUIDELLM.packages[0]
 TTFT_S, ITL_S, TOKENS, PROMPT = 0.4, 0.02, 33, 64
 CALLERS, RATE = 8, 8.0
 LIMIT = 0.03
@@ -55,25 +55,6 @@ _TRIES = 3
 E2E_S = TTFT_S + (TOKENS - 1) * ITL_S
 
 Json = dict[str, Any]
-
-
-def environment(folder: Path) -> Path:
-    """GuideLLM's command, installed if it is not there: whole, or removed again."""
-    command = folder / "bin" / "guidellm"
-    if (folder / ".complete").exists():
-        return command.absolute()
-    print(f"installing {PEER} into {folder} (once)", file=sys.stderr)
-    try:
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        constraint = folder / "constraints.txt"
-        constraint.write_text(PEER_TORCH + "\n")
-        pip = [str(folder / "bin" / "python"), "-m", "pip", "--quiet", "install"]
-        subprocess.run([*pip, PEER, "--constraint", str(constraint)], check=True)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    (folder / ".complete").touch()
-    return command.absolute()
 
 
 def ours(url: str, arrivals: Arrivals) -> Json:
@@ -178,12 +159,12 @@ def main() -> int:
         prog="python -m load.check_guidellm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--requests", type=int, default=160, help=f"of each run, a multiple of {CALLERS} (160)")
-    parser.add_argument("--peer-env", type=Path, default=Path(".peers/guidellm"), help="made if it is not there")
+    parser.add_argument("--peers", type=Path, default=ROOT, help=f"where its environment is, or is made ({ROOT})")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 120)
     try:
-        found = measure(environment(options.peer_env), options.requests)
+        found = measure(interpreter(GUIDELLM, options.peers).with_name("guidellm"), options.requests)
     except (LoadError, subprocess.SubprocessError, OSError) as error:
         print(f"check_guidellm: {error}", file=sys.stderr)
         return 1

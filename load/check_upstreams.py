@@ -14,13 +14,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +29,7 @@ from load.http1 import parse_url
 from load.live_client import Client, Reply
 from load.loop import run
 from load.own_instance import instance
+from load.scripted import mock_upstream
 from load.units import LoadError
 
 # What goes wrong, in the mock's words, and whether it does so before anything was shown.
@@ -228,25 +226,6 @@ def _metric(text: str, name: str) -> float:
 
 
 # -------------------------------------------------------------------------------------------------------------- command
-
-
-@contextmanager
-def mock_upstream() -> Iterator[str]:
-    """The base URL of a mock that lives as long as the block."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "replicas.mock_upstream"], stdout=subprocess.PIPE, text=True, env=os.environ.copy()
-    )
-    try:
-        assert process.stdout is not None, "opened with a pipe"
-        line = process.stdout.readline()
-        if "http" not in line:
-            raise LoadError("the mock upstream did not start")
-        yield line.split()[-1]
-    finally:
-        process.terminate()
-        process.wait(10)
-        if process.stdout is not None:
-            process.stdout.close()
 
 
 async def check(base_url: str, key: str, upstream: str, requests: int) -> tuple[list[Found], dict[str, float]]:

@@ -205,8 +205,12 @@ class Driver:
     def _ask(self, dialogue: Dialogue, due: float) -> None:
         ask = dialogue.ask
         record = Record(dialogue.index, dialogue.turn, due, ask.prompt_tokens, ask.max_tokens or -1)
+        target = self._plan.target
         answer = Answer(
-            record, lambda over, text: self._over(dialogue, over, text), asked_stream=self._plan.target.stream
+            record,
+            lambda over, text: self._over(dialogue, over, text),
+            asked_stream=target.stream,
+            wants_done=target.ends_with_done,
         )
         self._running[dialogue] = answer
         record.begun = clock()

@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
-import subprocess
-import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+from load.own_instance import free_port, signalbox
 from load.units import LoadError
 
-_TIMEOUT_S = 240.0
 _GATEWAY, _REPLICA = "ray::ServeReplica:signalbox:Gateway", "ray::ServeReplica:signalbox:model-"
 
 
@@ -29,9 +26,7 @@ class Instance:
         self.home = Path(self._folder.name)
         self.database = database or f"sqlite:///{self.home}/signalbox.db"
         self.fleet = fleet
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            self.base_url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+        self.base_url = f"http://127.0.0.1:{free_port()}"
         self._environment = {**os.environ, "SIGNALBOX_HOME": str(self.home), "DATABASE_URL": self.database}
 
     def __enter__(self) -> Instance:
@@ -53,20 +48,7 @@ class Instance:
 
     def command(self, *arguments: str) -> str:
         """What a `signalbox` command prints; LoadError with its last words where it fails."""
-        try:
-            run = subprocess.run(
-                [sys.executable, "-m", "deploy.cli", *arguments],
-                env=self._environment,
-                capture_output=True,
-                text=True,
-                timeout=_TIMEOUT_S,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            raise LoadError(f"signalbox {arguments[0]} took more than {_TIMEOUT_S:g} s") from None
-        if run.returncode:
-            raise LoadError(f"signalbox {arguments[0]} failed: {(run.stderr or run.stdout).strip()[-2000:]}")
-        return run.stdout
+        return signalbox(self._environment, *arguments)
 
     def key(self, name: str) -> str:
         return self.command("keys", "create", name).split()[-1]

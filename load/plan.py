@@ -19,7 +19,10 @@ PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 
 @dataclass(frozen=True)
 class Target:
-    """Where requests go and what every one of them says. The key is in no repr and in no result."""
+    """Where requests go and what every one of them says. The key is in no repr and in no result.
+
+    ends_with_done: a stream without [DONE] is cut. False for a server that never sends one.
+    """
 
     origin: Origin
     model: str
@@ -29,6 +32,7 @@ class Target:
     ignore_eos: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict)
     verify_tls: bool = True
+    ends_with_done: bool = True
 
     def head(self) -> bytes:
         headers = {

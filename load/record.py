@@ -64,7 +64,8 @@ class Record:
 class Answer:
     """Reads one answer into its Record and calls `done(record, text)` once, however it ends. A load.http1.Receiver.
 
-    `asked_stream`: a stream is expected. `hang_up` is called when the rest of an answer is not worth reading.
+    `asked_stream`: a stream is expected; `wants_done`: and that it ends with [DONE]. `hang_up` is called when the rest
+    of an answer is not worth reading.
     """
 
     __slots__ = (
@@ -81,7 +82,9 @@ class Answer:
         "record",
     )
 
-    def __init__(self, record: Record, done: Callable[[Record, str], None], *, asked_stream: bool) -> None:
+    def __init__(
+        self, record: Record, done: Callable[[Record, str], None], *, asked_stream: bool, wants_done: bool = True
+    ) -> None:
         self.record = record
         self.hang_up: Callable[[], None] = _nothing
         self._done = done
@@ -90,7 +93,7 @@ class Answer:
         self._body = b""
         self._stream = False
         self._texts: list[str] = []
-        self._finished = False  # [DONE] was seen
+        self._finished = not wants_done  # [DONE] was seen
         self._usage_seen = False
         self._counted = 0
 

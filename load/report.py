@@ -38,15 +38,18 @@ def _plain(value: float) -> str:
     return f"{value:,.6g}"
 
 
-def page(documents: list[tuple[str, Json]], title: str = "signalbox load") -> str:
-    """The whole page. Everything that came from a server or a user is escaped."""
+def page(documents: list[tuple[str, Json]], title: str = "signalbox load", lead: str = "") -> str:
+    """The whole page. Everything that came from a server or a user is escaped.
+
+    lead: HTML of a comparison that stands first, instead of rates against latencies.
+    """
     runs = flatten(documents)
     body = [f"<h1>{escape(title)}</h1>", _machines(documents)]
     searches = [document["search"] for _, document in documents if document.get("search")]
     body += [_search(search) for search in searches]
     body += [_failure(document) for _, document in documents if document.get("failure")]
-    charts = [_rate_chart(runs, rank) for rank in ("p50", "p95", "p99")] if len(runs) > 1 else []
-    body.append(_figures("Rate against latency", charts))
+    charts = [_rate_chart(runs, rank) for rank in ("p50", "p95", "p99")] if len(runs) > 1 and not lead else []
+    body.append(lead or side_by_side("Rate against latency", charts))
     for run in runs:
         body.append(_section(run))
     return (
@@ -93,12 +96,13 @@ def _section(run: Run) -> str:
     return (
         f"<h2>{escape(name)}: {escape(figures['label'])}</h2>{warned}"
         f'<div class="scroll">{_latency_table(figures)}</div>{_other_table(figures)}{_slo_table(figures)}'
-        + _figures("", [*_time_charts(figures), _cdf(figures), *_server_charts(figures)])
+        + side_by_side("", [*_time_charts(figures), _cdf(figures), *_server_charts(figures)])
         + f'<p class="soft">{asked}</p>'
     )
 
 
-def _figures(title: str, charts: Sequence[str]) -> str:
+def side_by_side(title: str, charts: Sequence[str]) -> str:
+    """Charts side by side under a heading; "" where there are none."""
     drawn = "".join(f"<figure>{one}</figure>" for one in charts if one)
     heading = f"<h2>{escape(title)}</h2>" if title and drawn else ""
     return f'{heading}<div class="charts">{drawn}</div>' if drawn else ""
@@ -180,14 +184,17 @@ def _time_charts(run: Json) -> list[str]:
 _RATES = (("due", "sent_per_s"), ("completed", "completed_per_s"))
 
 
+def distribution(run: Json, metric: str) -> list[tuple[float, float | None]]:
+    """(value, share of requests up to it) of a metric that was measured."""
+    values = run["latency"][metric]["cdf"]
+    return [(value, position / (len(values) - 1)) for position, value in enumerate(values)]
+
+
 def _cdf(run: Json) -> str:
     lines = []
     for metric in ("ttft", "tpot", "itl", "e2e"):
-        found = run["latency"][metric]
-        if found:
-            values = found["cdf"]
-            shares = [position / (len(values) - 1) for position in range(len(values))]
-            lines.append(Line(NAMES[metric], list(zip(values, shares, strict=True))))
+        if run["latency"][metric]:
+            lines.append(Line(NAMES[metric], distribution(run, metric)))
     axis = Axis("latency", show_time, log=True)
     return chart("Cumulative distributions", axis, Axis("", lambda share: f"{share:.0%}"), lines)
 

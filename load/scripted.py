@@ -1,4 +1,4 @@
-"""The null server as a child process, for the commands that measure generators against it."""
+"""Servers whose answers are known, as child processes: for whatever measures generators and gateways against them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,29 @@ from load.units import LoadError
 @contextmanager
 def null_server(*options: str, core: int | None = None) -> Iterator[str]:
     """The base URL of a null server with these options that lives as long as the block; on one core if asked."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "load.null_server", *options], stdout=subprocess.PIPE, text=True, env=os.environ.copy()
-    )
+    with _announced("load.null_server", "null server", options) as (url, pid):
+        if core is not None:
+            pin(core, pid)
+        yield url
+
+
+@contextmanager
+def mock_upstream(*options: str) -> Iterator[str]:
+    """The same of `replicas.mock_upstream`, which misbehaves on request; its URL ends in /v1."""
+    with _announced("replicas.mock_upstream", "mock upstream", options) as (url, _):
+        yield url
+
+
+@contextmanager
+def _announced(module: str, name: str, options: tuple[str, ...]) -> Iterator[tuple[str, int]]:
+    """URL and process of a module that says `NAME on URL` when it serves."""
+    process = subprocess.Popen([sys.executable, "-m", module, *options], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None, "opened with a pipe"
         line = process.stdout.readline()
-        if not line.startswith("null server on "):
-            raise LoadError(f"the null server did not start: {line.strip() or process.wait()}")
-        if core is not None:
-            pin(core, process.pid)
-        yield line.removeprefix("null server on ").strip()
+        if not line.startswith(f"{name} on "):
+            raise LoadError(f"the {name} did not start: {line.strip() or process.wait()}")
+        yield line.removeprefix(f"{name} on ").strip(), process.pid
     finally:
         process.terminate()
         process.wait(10)

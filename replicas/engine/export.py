@@ -2,17 +2,21 @@
 
     python -m replicas.engine.export --model model.gguf --output FOLDER
 
-Nothing is done if FOLDER is there already. transformers (with `gguf`) reads the weights, not our own reader: a
-comparison with another engine then also compares our reading of the file.
+No weights are written if FOLDER is there already. A chat_template.jinja beside the model goes along. transformers (with
+`gguf`) reads the weights, not our own reader: a comparison with another engine then also compares our reading of the
+file.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
+
+TEMPLATE = "chat_template.jinja"  # as transformers and vLLM look for it
 
 
 def export(model: Path, output: Path) -> None:
@@ -48,6 +52,9 @@ def main() -> int:
         parser.error(f"--model {str(args.model)!r} does not exist")
     if not args.output.exists():
         export(args.model, args.output)
+    template = (args.model if args.model.is_dir() else args.model.parent) / TEMPLATE
+    if template.exists():
+        shutil.copyfile(template, args.output / TEMPLATE)
     print(args.output)
     return 0
 

