@@ -57,6 +57,8 @@ def _show(record: dict[str, Any]) -> None:
         limits.append(f"time limit {record['time_limit_s']:.3f} s")
     if limits:
         console.print(f"  {', '.join(limits)}")
+    if record["session"]:
+        console.print(f"  conversation {record['session']}")
     _show_choice(console, record)
     for step in record["steps"]:
         _show_step(console, step)

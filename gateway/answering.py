@@ -29,11 +29,12 @@ from gateway.requests import ChatRequest, CompletionRequest
 from gateway.responses import Shape, total
 from gateway.routes import route_request
 from gateway.rules import Rules
+from gateway.sessions import Sessions
 from gateway.telemetry import Laps
 from gateway.upstreams import UpstreamModel
 from policies.budget import Subject, downgrade
 from policies.rightsize.cascade import Cascade, confidence
-from policies.selection import ModelGroup, Selection, Size, select_from, select_model
+from policies.selection import ModelGroup, Selection, Size, keep, select_from, select_model
 from replicas.protocol import (
     BudgetExceeded,
     Chunk,
@@ -137,8 +138,9 @@ class Opened:
 
 
 class Answering:
-    def __init__(self, fleet: Fleet, metrics: Metrics, ledger: Ledger) -> None:
+    def __init__(self, fleet: Fleet, metrics: Metrics, ledger: Ledger, sessions: Sessions) -> None:
         self._ledger = ledger
+        self._sessions = sessions
         self._fleet = fleet
         self._metrics = metrics
         self._hedges = Hedges(metrics)
@@ -220,9 +222,24 @@ class Answering:
         )
         selection = select_from(target, asked.rules, self._fleet, size, safety_scale(target), able)
         selection = selection if able is None else _only(selection, able, asked)
+        if target.keep_s is not None and (messages := asked.request.turns) is not None:
+            asked.record.session = session = await self._sessions.find(asked.key.tenant, target.name, messages)
+            selection = keep(selection, session.began, self._fleet, size)
+            session.outcome = selection.session or ""
         asked.record.group, asked.record.choice = target.name, selection.choice
         asked.laps.lap("select")
         return selection
+
+    async def remember(self, asked: Asked, opened: Opened) -> None:
+        """Note with which model a conversation has begun, where its group keeps it: before anything is sent."""
+        session, group = asked.record.session, opened.selection.group
+        if session is None or group is None or group.keep_s is None:
+            return
+        names = {model.name for model in group.models}
+        if session.began in names:
+            self._sessions.goes_on(session, group.keep_s)
+        elif opened.model.name in names and asked.record.downgraded_from is None:
+            await self._sessions.begin(session, opened.model.name, group.keep_s)
 
     async def _downgraded(self, asked: Asked, selection: Selection) -> Selection:
         """A caller who is near a budget's cap is answered by the model that the budget names, if it says so."""
@@ -377,6 +394,7 @@ class Answering:
             traceparent=asked.caller_trace[0],
             tracestate=asked.caller_trace[1],
             deadline=None if role == "shadow" else asked.until,
+            doubt=asked.unsupported if isinstance(asked.unsupported, InvalidRequest) else None,
         )
         limit = body.get("max_completion_tokens") or body.get("max_tokens") or _MOST_TOKENS_OF_AN_UPSTREAM
         return Job(

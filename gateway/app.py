@@ -42,6 +42,7 @@ from gateway.metrics import Metrics
 from gateway.policy_follower import PolicyFollower
 from gateway.rules import Rules, compiler, fleet_names, predictor_folder, rules_for
 from gateway.schemas import ErrorResponse, Health, ModelList, ModelObject
+from gateway.sessions import Sessions
 from gateway.shadow import Shadows
 from gateway.telemetry import traces_wanted
 from gateway.totals import METRICS, Totals
@@ -127,7 +128,9 @@ class _Gateway:
             books = Books(database, ledger, secret, journals)
             stack.push_async_callback(books.aclose)
             books.start()
-            answering = Answering(fleet, self.metrics, ledger)
+            sessions = Sessions(database, secret)
+            stack.push_async_callback(sessions.aclose)
+            answering = Answering(fleet, self.metrics, ledger, sessions)
             tracing = await self._telemetry(stack)
             shadows = Shadows(answering, self.metrics)
             stack.push_async_callback(shadows.aclose)

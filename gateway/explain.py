@@ -16,6 +16,7 @@ from gateway.db.database import Database
 from gateway.jobs import Attempt, Job
 from gateway.ledger.report import attempts
 from gateway.responses import total
+from gateway.sessions import Session
 from policies.budget import Price, usd
 from policies.rightsize.choose import ModelChoice
 from replicas.protocol import RequestError, Usage
@@ -96,6 +97,7 @@ class Record:
     group: str | None = None
     choice: ModelChoice | None = None
     downgraded_from: str | None = None
+    session: Session | None = None
     prompt_tokens: int = 0
     priority: int = 0
     time_limit_s: float | None = None
@@ -145,6 +147,7 @@ class Record:
             "time_limit_s": self.time_limit_s,
             "model_choice": _shown_choice(self.group, self.choice),
             "downgraded_from": self.downgraded_from,
+            "session": self.session.outcome if self.session is not None else None,
             "steps": [_shown_step(step) for step in self.steps],
             "cost_usd": float(usd(sum(step.cost for step in self.steps if step.role != "shadow"))),
             "shadow_cost_usd": float(usd(sum(step.cost for step in self.steps if step.role == "shadow"))),

@@ -190,6 +190,7 @@ class Generate:
             exchange.headers += _limit_headers(_counted(asked, opened))
             if asked.record.downgraded_from is not None:
                 exchange.headers.append((b"x-signalbox-downgraded-from", asked.record.downgraded_from.encode()))
+            await services.answering.remember(asked, opened)
             opened.metrics.in_flight += 1
             try:
                 envelope = Envelope(

@@ -61,6 +61,12 @@ class PassedRequest:
         return limit
 
     @property
+    def turns(self) -> Sequence[Any] | None:
+        """What a conversation is known by; None where this is none."""
+        messages = self.body.get("messages")
+        return messages if isinstance(messages, list) else None
+
+    @property
     def logprobs_wanted(self) -> int | None:
         return None
 

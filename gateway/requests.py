@@ -169,6 +169,11 @@ class ChatRequest(Generation):
         asked = next((message for message in reversed(self.messages) if message.role == "user"), self.messages[-1])
         return _template_message(asked)["content"]
 
+    @property
+    def turns(self) -> Sequence[Mapping[str, Any]]:
+        """What a conversation is known by."""
+        return self.template_messages()
+
     def template_messages(self) -> list[dict[str, str]]:
         """What a chat template reads. Text parts are joined with newlines, as vLLM does for templates of plain text."""
         return [_template_message(message) for message in self.messages]
@@ -178,6 +183,10 @@ class CompletionRequest(Generation):
     prompt: str | list[str] | list[_Count] | list[list[_Count]]
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     best_of: Annotated[int, Field(ge=1, le=128)] | None = None
+
+    @property
+    def turns(self) -> None:
+        """A text is no conversation."""
 
     @property
     def token_limit(self) -> int:

@@ -2,8 +2,8 @@
 
     text ─ yaml_text.read ─► data ─ the sections below ─► PolicyDocument ─ names known to the fleet? ─► accepted
 
-Frozen values; the empty document is valid and means every model by its own name, replicas chosen by affinity. What is
-not built yet has its place here too (document_limits) and is refused by name. docs/policies.md explains every key.
+Frozen values; the empty document is valid and means every model by its own name, replicas chosen by affinity.
+docs/policies.md explains every key.
 """
 
 from __future__ import annotations
@@ -117,7 +117,10 @@ class Guarantee(Section):
 
 
 class Session(Section):
-    """keep_model: a conversation stays with the model that answered its first turn while it pauses less than idle_s."""
+    """keep_model: a conversation stays with the model that answered its first turn while it pauses less than idle_s.
+
+    By what a conversation is known: `gateway.sessions`.
+    """
 
     keep_model: bool = False
     idle_s: Annotated[float, Field(gt=0)] = 900.0

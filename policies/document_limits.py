@@ -1,4 +1,4 @@
-"""Sections of the policy document about money, limits and failures. `policies.section.NOT_YET` says which are built.
+"""Sections of the policy document about money, limits and failures.
 
 A rule's `key`, `team` and `model` say whom it concerns; those left out do not matter, and "*" stands for each one by
 itself: {key: "*", usd: 5, window: day} gives every key five dollars a day of its own.

@@ -150,6 +150,7 @@ def replay(
     if unknown and any(group.trade for rules in (serving, candidate) for group in rules.groups.values()):
         notes = (*notes, f"{unknown} requests have no recorded prediction: the rule of thumb chose their model")
     stated = {name for rules in (serving, candidate) for name in _UNSEEN if getattr(rules.document, name)}
+    stated |= {"sessions" for rules in (serving, candidate) for group in rules.groups.values() if group.keep_s}
     if stated:
         notes = (*notes, f"not simulated: what the policies say of {', '.join(sorted(stated))}")
     return Replay(

@@ -10,17 +10,7 @@ from pydantic import (
     ConfigDict,
     Field,
     StringConstraints,
-    ValidationInfo,
     WithJsonSchema,
-    field_validator,
-)
-
-# Keys whose feature is not built: "Section.key". They have a shape, and are refused whatever stands there. Building a
-# feature takes its key out of this set, and nothing else here changes.
-NOT_YET = frozenset(
-    {
-        "Group.session",
-    }
 )
 
 
@@ -28,13 +18,6 @@ class Section(BaseModel):
     """A mapping of the document. Unknown keys and numbers in quotes are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _is_built(cls, value: Any, info: ValidationInfo) -> Any:
-        if f"{cls.__name__}.{info.field_name}" in NOT_YET:
-            raise ValueError("not supported yet")
-        return value
 
 
 def _fraction(value: Any) -> Any:

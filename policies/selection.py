@@ -24,7 +24,10 @@ from policies.rightsize.guarantee import Promise
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelGroup:
-    """Several models under one name. Without `trade` the first of them that has a ready replica answers."""
+    """Several models under one name. Without `trade` the first of them that has a ready replica answers.
+
+    keep_s: a conversation that pauses no longer stays with the model that it began with.
+    """
 
     name: str
     models: tuple[PricedModel, ...]
@@ -33,6 +36,7 @@ class ModelGroup:
     expected_output_tokens: float = 0.0
     cascade: Cascade | None = None
     promise: Promise | None = None
+    keep_s: float | None = None
 
 
 class Present(Protocol):
@@ -59,12 +63,14 @@ class Selection:
     """`models`: the first answers, the others are tried in turn while nothing was answered. Never empty.
 
     cascade: the first model answers provisionally; `choice`: the reasoning, where there was a choice to make.
+    session: what came of the model that the conversation began with, where the group keeps it.
     """
 
     models: tuple[str, ...]
     group: ModelGroup | None = None
     choice: ModelChoice | None = None
     cascade: Cascade | None = None
+    session: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +109,7 @@ def group_of(
         expected_output_tokens=settings.expected_output_tokens if settings else 0.0,
         cascade=group.cascade.rule if group.cascade else None,
         promise=group.guarantee.promise if group.guarantee else None,
+        keep_s=group.session.idle_s if group.session and group.session.keep_model else None,
     )
 
 
@@ -166,6 +173,36 @@ def select_from(
         cascade = None
     models = tuple(dict.fromkeys((*order, *rules.fallbacks(order[0]))))
     return Selection(models=models, group=group, choice=choice, cascade=cascade)
+
+
+def keep(selection: Selection, began: str | None, fleet: Present, size: Size) -> Selection:
+    """The selection for a conversation that began with that model (None: that begins now): the model goes first if it
+    can answer, and then there is no cascade. Where it cannot, the selection stands, for this turn.
+    """
+    group = selection.group
+    assert group is not None, "only a group keeps models"
+    if began is None:
+        return replace(selection, session="begins")
+    why_not = _cannot_stay(began, group, selection, fleet, size)
+    if why_not:
+        return replace(selection, session=f"began with {began!r}, {why_not}")
+    choice = selection.choice
+    if choice is not None and choice.model != began:
+        reason = f"the conversation began with it; a new one would get {choice.model!r}: {choice.reason}"
+        choice = replace(choice, model=began, reason=reason)
+    models = (began, *(name for name in selection.models if name != began))
+    return replace(selection, models=models, choice=choice, cascade=None, session=f"stays with {began!r}")
+
+
+def _cannot_stay(began: str, group: ModelGroup, selection: Selection, fleet: Present, size: Size) -> str:
+    model = next((one for one in group.models if one.name == began), None)
+    if model is None:
+        return "which is no longer in the group"
+    if not fleet.ready(began):
+        return "which has no ready replica"
+    if not _fits(fleet, model, size):
+        return "whose context this does not fit"
+    return "" if began in selection.models else "which cannot do this"
 
 
 def _fits(fleet: Present, model: PricedModel, size: Size) -> bool:

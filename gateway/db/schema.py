@@ -233,6 +233,15 @@ ledger_events = Table(
     Column("delivered_at", Float),
 )
 
+# Which model a conversation began with (gateway/sessions.py), until `expires_at`. `id` is a keyed hash.
+conversations = Table(
+    "conversations",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("model", String(256), nullable=False),
+    Column("expires_at", Float, nullable=False, index=True),
+)
+
 # What one process asks all gateways, and what each answered. Rows live for seconds.
 mailbox_questions = Table(
     "mailbox_questions",

@@ -10,7 +10,7 @@ import pytest
 from gateway.config import GatewayConfig, ServedModel
 from gateway.rules import Rules, compiler
 from policies import document
-from policies.selection import ModelGroup, Selection, Size, select_from, select_model
+from policies.selection import ModelGroup, Selection, Size, keep, select_from, select_model
 from replicas.fake import FakeSettings, fake_card
 from replicas.protocol import ModelCard, ModelNotFound
 
@@ -126,3 +126,47 @@ def test_a_broken_promise_leaves_the_strong_model() -> None:
     broken: Any = select(text, scale=0.0).choice
     assert (kept.model, broken.model) == ("small", "large")
     assert "guarantee" in broken.reason
+
+
+SESSION = "groups: {auto: {models: [small, middle], session: {keep_model: true}}}"
+
+
+@pytest.mark.parametrize(
+    ("began", "fleet", "models", "session"),
+    [
+        (None, Fleet(), ("small", "middle"), "begins"),
+        ("middle", Fleet(), ("middle", "small"), "stays with 'middle'"),
+        ("middle", Fleet(absent={"middle"}), ("small",), "began with 'middle', which has no ready replica"),
+        ("middle", Fleet(context={"middle": 8}), ("small",), "began with 'middle', whose context this does not fit"),
+        ("large", Fleet(), ("small", "middle"), "began with 'large', which is no longer in the group"),
+    ],
+)
+def test_a_conversation_keeps_its_model_while_that_can_answer(
+    began: str | None, fleet: Fleet, models: tuple[str, ...], session: str
+) -> None:
+    kept = keep(select(SESSION, fleet=fleet), began, fleet, EASY)
+    assert (kept.models, kept.session) == (models, session)
+
+
+def test_a_kept_model_is_the_choice_with_its_reason_and_has_no_cascade() -> None:
+    text = RIGHT_SIZE % "cost_weight: 1"
+    chosen = select(text)
+    assert chosen.choice is not None
+    other = next(name for name in PRICES if name != chosen.choice.model)
+    kept = keep(chosen, other, Fleet(), EASY)
+    assert kept.choice is not None
+    assert (kept.choice.model, kept.choice.chosen.model) == (other, other)
+    assert f"a new one would get {chosen.choice.model!r}" in kept.choice.reason
+    assert set(kept.models) == set(PRICES)
+    assert kept.models[0] == other
+    cascade = "groups: {auto: {models: [small, large], cascade: {small: small, strong: large, min_mean_logprob: -1}}}"
+    assert select(cascade).cascade is not None
+    assert keep(select(cascade), "small", Fleet(), EASY).cascade is None
+    assert keep(select(cascade), None, Fleet(), EASY).cascade is not None
+
+
+def test_only_a_group_that_asks_for_it_keeps_models() -> None:
+    for text, keep_s in ((PLAIN, None), (SESSION, 900.0), (SESSION.replace("true", "false"), None)):
+        group = rules(text).resolve("auto")
+        assert isinstance(group, ModelGroup)
+        assert group.keep_s == keep_s

@@ -18,6 +18,7 @@ from policies.document import (
     Group,
     PolicyDocument,
     PredictorUnusable,
+    Session,
     decode,
     load_predictors,
     parse,
@@ -28,7 +29,6 @@ from policies.document_schema import changes, schema
 from policies.peers import POLICIES
 from policies.rightsize.choose import RightSizeView, Trade
 from policies.rightsize.guarantee import Promise
-from policies.section import NOT_YET
 from policies.yaml_text import DocumentError
 from replicas.protocol import ConfigError
 
@@ -180,18 +180,7 @@ def test_a_mistake_is_named_with_its_line_and_path(text: str, message: str) -> N
     assert message in refused(text)
 
 
-TOP_NOT_YET = sorted(key.partition(".")[2] for key in NOT_YET if key.startswith("PolicyDocument."))
-NOT_BUILT = [(2, f"affinity: {{}}\n{key}: whatever\n", key) for key in TOP_NOT_YET]
-NOT_BUILT += [(2, "groups:\n  g: {models: [a], session: {keep_model: true}}\n", "groups.g.session")]
-
-
-@pytest.mark.parametrize(("line", "text", "path"), NOT_BUILT, ids=str)
-def test_what_is_not_built_is_refused_by_name(line: int, text: str, path: str) -> None:
-    assert refused(text) == f"p.yaml:{line}: {path}: not supported yet"
-
-
-def test_sections_that_are_not_built_have_their_shape_already(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("policies.section.NOT_YET", frozenset())
+def test_budgets_limits_and_sessions_have_their_shape() -> None:
     document = parse(
         """\
 budgets:
@@ -202,6 +191,7 @@ groups: {auto: {models: [small, big], session: {keep_model: true}}}
 """
     )
     assert [budget.window for budget in document.budgets] == ["day", "month"]
+    assert document.groups["auto"].session == Session(keep_model=True, idle_s=900.0)
     for text in ("budgets: [{usd: 5, window: day}]", "budgets: [{key: a, window: day}]", "rate_limits: [{key: a}]"):
         assert "must" in refused(text)
 
@@ -275,15 +265,14 @@ def test_a_predictor_must_be_there_and_be_the_one_that_is_named(tmp_path: Path) 
     assert with_lines(text, "p.yaml", missing.value).message.startswith("p.yaml:6: groups.auto.right_size.predictor: ")
 
 
-def test_the_schema_accepts_what_the_validator_accepts_and_refuses_what_is_not_built() -> None:
+def test_the_schema_accepts_what_the_validator_accepts() -> None:
     published = schema()
     check = jsonschema.Draft202012Validator(published)
     check.check_schema(published)
     check.validate(yaml.safe_load(WHOLE))
     check.validate({})
     wrong = [{"gruops": {}}, {"canary": {"share": 0}}, {"groups": {"g": {}}}]
-    wrong += [{key.partition(".")[2]: {}} for key in NOT_YET if key.startswith("PolicyDocument")]
-    wrong += [{"groups": {"g": {"models": ["a"], "session": {}}}}]
+    wrong += [{"groups": {"g": {"models": ["a"], "session": {"idle_s": 0}}}}]
     assert not [one for one in wrong if check.is_valid(one)]
 
 

@@ -12,8 +12,6 @@ import pytest
 
 from policies.document import FleetNames, parse
 from policies.document_schema import schema_text
-from policies.section import NOT_YET
-from policies.yaml_text import DocumentError
 
 ROOT = Path(__file__).parents[2]
 DOCS = (ROOT / "docs" / "policies.md").read_text()
@@ -27,19 +25,9 @@ FLEETS = {
 }
 
 
-@pytest.mark.parametrize("snippet", [one for one in SNIPPETS if not one.startswith("# not supported yet")])
+@pytest.mark.parametrize("snippet", SNIPPETS)
 def test_every_snippet_of_the_documentation_is_valid(snippet: str) -> None:
     parse(snippet, names=FLEET)
-
-
-def test_what_the_documentation_calls_not_supported_yet_is_refused_as_that_and_has_the_right_shape(monkeypatch) -> None:
-    [snippet] = [one for one in SNIPPETS if one.startswith("# not supported yet")]
-    with pytest.raises(DocumentError) as error:
-        parse(snippet)
-    assert {one.message for one in error.value.mistakes} == {"not supported yet"}
-    assert len(error.value.mistakes) == len(NOT_YET)
-    monkeypatch.setattr("policies.section.NOT_YET", frozenset())
-    parse(snippet)
 
 
 def keys(schema: Any) -> Iterator[str]:

@@ -149,6 +149,10 @@ def test_a_slower_and_dearer_generation_is_found_out_with_intervals() -> None:
 def test_what_is_not_simulated_is_said() -> None:
     found = replay(recorded(20), WORLD, rules(CHAT), rules(CHAT + "admission: {max_queued: 4}\n"))
     assert found.notes[-1] == "not simulated: what the policies say of admission"
+    kept = rules("groups: {chat: {models: [small, large], session: {keep_model: true}}}\n")
+    assert (
+        replay(recorded(20), WORLD, rules(CHAT), kept).notes[-1] == "not simulated: what the policies say of sessions"
+    )
 
 
 def test_a_budget_that_blocks_shows_as_blocks_and_not_as_rejects() -> None:
