@@ -22,6 +22,7 @@ from gateway.retrying import breaker_settings, later, may_retry, pause_s
 from policies.breaker import Breaker, BreakerState, outcome_of
 from replicas.protocol import NoReplica, QueueFull, RouteDecision, SignalboxError, Unavailable, Usage
 from replicas.upstream import UpstreamCard, UpstreamConnection
+from replicas.upstream_errors import UpstreamFailed
 from replicas.upstream_messages import UpstreamChunk, UpstreamRequest
 from replicas.upstream_tokens import prompt_tokens
 
@@ -107,10 +108,13 @@ class UpstreamModel:
             if held:
                 yield held
         except BaseException as error:
+            # some servers answer what is wrong with the request as if it were a fault of theirs
+            if isinstance(error, UpstreamFailed) and request.doubt is not None:
+                error = request.doubt
             failed = error
             if isinstance(error, SignalboxError):
                 job.failed(error)
-            raise
+            raise error
         finally:
             retry_after_s = failed.retry_after_s if isinstance(failed, SignalboxError) else None
             self.breaker.record(permit, outcome_of(failed), time.monotonic(), self._rng, retry_after_s)

@@ -230,6 +230,14 @@ async def ended(x: Exchange) -> None:
     await x.end()
 
 
+async def wordless(x: Exchange) -> None:
+    """An empty stream, as llama-cpp-python gives for a prompt that is too long; in one piece an answer to `whole`."""
+    if not x.streams:
+        return await SCRIPTS[x.params.get("whole", "whole")](x)
+    await x.head()
+    await x.end()
+
+
 async def closes_idle(x: Exchange) -> None:
     """A right answer; the next request on the same connection is met with a close, as if it had been idle too long."""
     if x.served:
@@ -368,7 +376,7 @@ SCRIPTS: Mapping[str, Script] = {
     script.__name__.replace("_", "-"): script
     for script in (
         normal, whole, hang_before_headers, hang_before_first_token, ping_forever, hang_mid_stream, reset, close, ended,
-        closes_idle, until_closed, no_done, only_done, garbage, status, redirect, huge_header, error_event, refuses,
-        tool_calls, content_type, odd_framing,
+        wordless, closes_idle, until_closed, no_done, only_done, garbage, status, redirect, huge_header, error_event,
+        refuses, tool_calls, content_type, odd_framing,
     )
 }  # fmt: skip

@@ -53,6 +53,10 @@ _STALE_TRIES = 3
 _incarnations = itertools.count(1)
 
 
+class _Wordless(UpstreamLost):
+    """A stream that ended as HTTP says it should, and in which nothing was said, not even why."""
+
+
 @dataclass(frozen=True, slots=True)
 class UpstreamCard:
     """What a gateway must know of the model. max_model_len 0: only the upstream knows its limit."""
@@ -144,14 +148,20 @@ class UpstreamConnection:
         try:
             with self._entered(request):
                 patience = Patience(self._loop, self.upstream.timeouts, request.deadline)
-                response = await self._open(request, patience)
-                accepted = True
-                try:
-                    async with aclosing(self._chunks(response, answer, patience)) as chunks:
-                        async for ready in chunks:
-                            yield ready
-                finally:
-                    await response.aclose()
+                for again in (False, True):
+                    accepted = False
+                    response = await self._open(request, patience, again=again)
+                    accepted = True
+                    try:
+                        async with aclosing(self._chunks(response, answer, patience, again=again)) as chunks:
+                            async for ready in chunks:
+                                yield ready
+                        return
+                    except _Wordless:
+                        if again:
+                            raise
+                    finally:
+                        await response.aclose()
         except Unavailable:
             accepted = accepted and answer.begun
             raise
@@ -209,11 +219,14 @@ class UpstreamConnection:
 
     # ---------------------------------------------------------------------------------------------------- sending
 
-    async def _open(self, request: UpstreamRequest, patience: Patience) -> httpx.Response:
-        """The response, once its status is 200. Asks again, in a plainer way, where the server says that it must."""
+    async def _open(self, request: UpstreamRequest, patience: Patience, *, again: bool) -> httpx.Response:
+        """The response, once its status is 200. Asks again, in a plainer way, where the server says that it must.
+
+        again: an empty stream came before, so the answer is asked for in one piece: now the status tells what is wrong.
+        """
         while True:
-            mode = self._mode
-            if mode is Mode.WHOLE:
+            mode = Mode.WHOLE if again else self._mode
+            if mode is Mode.WHOLE and not again:
                 patience.at_least(_WHOLE_S)
             response = await patience.wait(partial(self._send, request, mode))
             if response.status_code == 200:
@@ -260,7 +273,7 @@ class UpstreamConnection:
 
     # -------------------------------------------------------------------------------------------------- receiving
 
-    async def _chunks(self, response: httpx.Response, answer: Answer, patience: Patience) -> Chunks:
+    async def _chunks(self, response: httpx.Response, answer: Answer, patience: Patience, *, again: bool) -> Chunks:
         if response.headers.get("content-encoding", "identity") != "identity":
             raise UpstreamLost("the upstream compressed its answer although it was asked not to")
         kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -268,7 +281,8 @@ class UpstreamConnection:
             with self._translated():
                 whole = await patience.wait(partial(read, response, self.upstream.max_answer_bytes))
             ready = answer.take_whole(utf8(whole))
-            self._mode = Mode.WHOLE  # a server that was asked to stream and did this cannot
+            if not again:
+                self._mode = Mode.WHOLE  # a server that was asked to stream and did this cannot
             yield [*ready, answer.terminal(self.count)]
         elif kind == "text/event-stream":
             async with (
@@ -314,6 +328,8 @@ class UpstreamConnection:
             raise
 
     def _end(self, answer: Answer) -> UpstreamChunk:
+        if not answer.events and not answer.done:
+            raise _Wordless("the upstream's answer was empty")
         if not answer.complete:
             raise UpstreamLost("the upstream's answer was cut off")
         return answer.terminal(self.count)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from replicas.protocol import Usage
+from replicas.protocol import RequestError, Usage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +22,7 @@ class UpstreamRequest:
     prompt_tokens: the gateway's estimate, for load and for usage that the upstream does not report.
     unary: the caller wants one whole answer; only matters with servers that report usage in no other way.
     deadline: on the event loop's clock (`loop.time()`); None for none.
+    doubt: why we hold the body for wrong, where only the server can know; told if it fails at it.
     """
 
     request_id: str
@@ -31,6 +32,7 @@ class UpstreamRequest:
     traceparent: str | None = None
     tracestate: str | None = None
     deadline: float | None = None
+    doubt: RequestError | None = None
 
     @property
     def chat(self) -> bool:

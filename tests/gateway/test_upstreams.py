@@ -127,6 +127,15 @@ def test_without_a_fallback_the_error_is_proper(start: Start, behaviour: str) ->
     assert "127.0.0.1" not in answer.text
 
 
+def test_a_server_that_fails_at_what_is_wrong_with_a_request_is_not_held_for_ill(start: Start) -> None:
+    """llama-cpp-python answers 500 to a field of the wrong type; that opened the breaker for everybody."""
+    gateway = start(far="status:code=500,times=8", well="normal")
+    for _ in range(8):
+        refused = post(gateway, "far", temperature="hot")
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "temperature")
+    assert post(gateway, "far").status_code == 200, "each was tried once, and the breaker is closed"
+
+
 def test_an_upstream_that_dies_in_the_middle_ends_in_an_error_event(start: Start) -> None:
     gateway = start("fallbacks: {far: [fake]}", far="close:after=2")
     lines: list[str] = []

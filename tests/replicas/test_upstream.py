@@ -394,6 +394,19 @@ async def test_a_stream_that_ends_before_it_began_shows_nothing(bench: Bench, be
     assert shown == ""
 
 
+async def test_an_empty_stream_is_asked_for_in_one_piece_so_that_it_says_why(bench: Bench) -> None:
+    """llama-cpp-python tells only whole answers that a prompt is too long; as a loss it was tried thrice more."""
+    conn = await bench.connect("wordless:whole=status,code=400,error_code=context_length_exceeded,message=too long")
+    for _ in range(2):  # it is still asked to stream
+        error, shown = await bench.fails(conn)
+        assert isinstance(error, ContextLengthExceeded)
+        assert shown == ""
+    assert bench.settled == [UpstreamUsage(prompt_tokens=0, completion_tokens=0)] * 2
+    assert text(await bench.ask(await bench.connect("wordless"))).split()[-1] == "w7"
+    error, _ = await bench.fails(await bench.connect("wordless:whole=ended,after=0"))
+    assert isinstance(error, UpstreamLost)
+
+
 @pytest.mark.parametrize("behaviour", ["no-done", "until-closed:after=8", "only-done:after=8"])
 async def test_a_whole_answer_with_a_careless_end_is_whole(bench: Bench, behaviour: str) -> None:
     chunks = await bench.ask(await bench.connect(behaviour))
