@@ -7,7 +7,7 @@ CONSTRAINTS ?= -c constraints.txt
 EXTRAS ?= test
 MODEL ?= smollm2-135m-instruct
 
-.PHONY: up test install lint format bench-engine bench-gateway bench-batching bench-quant bench-load check-load peers clean
+.PHONY: up test install lint format bench-engine bench-gateway bench-batching bench-quant bench-load check-load peers techniques clean
 
 up: install
 	$(BIN)/signalbox up
@@ -60,6 +60,11 @@ peers: install
 # Perplexity and size of quantised weights: make bench-quant TEXT=wikitext2_valid.txt
 bench-quant: install
 	$(BIN)/python -m replicas.engine.bench_quant --model "$$($(BIN)/signalbox models pull $(MODEL))" --text "$(TEXT)"
+
+# What each technique brings, off and on in turns, some 20 minutes; an interrupted run goes on where it was. With data:
+# make techniques TECHNIQUES="--azure FILE --mooncake FILE --scores FILE --prices FILE --text FILE"
+techniques: install
+	$(BIN)/python -m load.techniques $(TECHNIQUES)
 
 clean:
 	rm -rf $(VENV) .peers .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -30,7 +30,7 @@ from rich.table import Table
 
 from load.execute import Collected, execute
 from load.http1 import Origin, parse_url
-from load.live_client import Admin, Client, Published, credential
+from load.live_client import Admin, Client, Published, credential, publish
 from load.live_order import OURS, Figures, Verdict, judge
 from load.live_trace import SaltedTrace, segment
 from load.plan import Plan, Replayed, Target
@@ -135,7 +135,8 @@ def measure(published: Published, policy: str, collected: Collected) -> Row:
 
 
 def run_policy(target: Target, admin_token: str, policy: str, requests: Sequence[TraceRequest], salt: str) -> Row:
-    published = asyncio.run(_publish(target.origin, admin_token, f"affinity: {{policy: {policy}}}\n"))
+    document = f"affinity: {{policy: {policy}}}\n"
+    published = asyncio.run(publish(target.origin, admin_token, document, "load.compare_policies"))
     plan = Plan(
         target=target,
         workload=SaltedTrace(tuple(requests), f"{salt} {policy}"),
@@ -148,11 +149,6 @@ def run_policy(target: Target, admin_token: str, policy: str, requests: Sequence
     if collected.interrupted:
         raise KeyboardInterrupt
     return measure(published, policy, collected)
-
-
-async def _publish(origin: Origin, token: str, document: str) -> Published:
-    async with Client(origin, token) as client:
-        return await Admin(client).publish(document, "load.compare_policies")
 
 
 async def _active(origin: Origin, token: str) -> int:

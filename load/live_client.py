@@ -188,6 +188,12 @@ class Admin:
         )
 
 
+async def publish(origin: Origin, token: str, document: str, why: str) -> Published:
+    """One change on a connection of its own."""
+    async with Client(origin, token) as client:
+        return await Admin(client).publish(document, why)
+
+
 def _accepted(reply: Reply) -> Reply:
     if reply.complaint:
         raise AdminRefused(0 if reply.fault else reply.status, reply.complaint)

@@ -52,10 +52,15 @@ def page(documents: list[tuple[str, Json]], title: str = "signalbox load", lead:
     body.append(lead or side_by_side("Rate against latency", charts))
     for run in runs:
         body.append(_section(run))
+    return shell(title, "".join(body))
+
+
+def shell(title: str, body: str) -> str:
+    """A self-contained page around `body`, which is HTML already."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>{''.join(body)}</body></html>\n"
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>{body}</body></html>\n"
     )
 
 
@@ -137,10 +142,10 @@ def _other_table(run: Json) -> str:
         "send lag p50 / p99": f"{show_time(lag['p50'])} / {show_time(lag['p99'])}",
         "warm-up": f"{run['window']['warmup']['cut']} requests ({run['window']['warmup']['rule']})",
     }
-    return _pairs(rows)
+    return pairs(rows)
 
 
-def _pairs(rows: dict[str, str]) -> str:
+def pairs(rows: dict[str, str]) -> str:
     return (
         "<table>" + "".join(f"<tr><td>{escape(a)}</td><td>{escape(b)}</td></tr>" for a, b in rows.items()) + "</table>"
     )
@@ -157,7 +162,7 @@ def _slo_table(run: Json) -> str:
     rows["goodput, requests/s"] = spread(run["slo"]["goodput_requests_per_s"], "number")
     rows["attainment"] = spread(run["slo"]["attainment"], "percent")
     rows["reject rate"] = spread(run["slo"]["reject_rate"], "percent")
-    return _pairs(rows)
+    return pairs(rows)
 
 
 # ------------------------------------------------------------------------------------------------------------ charts

@@ -78,15 +78,22 @@ def _finite(value: Any) -> Any:
 
 def read(path: Path) -> Json:
     """Raises LoadError for a file that is none of ours."""
+    found = read_json(path)
+    if found.get("schema") != SCHEMA:
+        raise LoadError(
+            f"{path} is not a result of `signalbox load run` (schema {found.get('schema')!r}, wanted {SCHEMA!r})"
+        )
+    if not isinstance(found.get("runs"), list):
+        raise LoadError(f"{path} holds no runs")
+    return found
+
+
+def read_json(path: Path) -> Json:
+    """A file's object, {} where it holds something else. Raises LoadError."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise LoadError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         raise LoadError(f"{path} is not JSON: {error}") from None
-    schema = found.get("schema") if isinstance(found, dict) else None
-    if schema != SCHEMA:
-        raise LoadError(f"{path} is not a result of `signalbox load run` (schema {schema!r}, wanted {SCHEMA!r})")
-    if not isinstance(found.get("runs"), list):
-        raise LoadError(f"{path} holds no runs")
-    return dict(found)
+    return dict(found) if isinstance(found, dict) else {}

@@ -20,47 +20,21 @@ import json
 import random
 import statistics
 import time
-from collections import deque
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
+from replicas.engine.bench_drive import Ask, Talk, continuous, single, static
 from replicas.engine.config import EngineConfig
 from replicas.engine.engine import Engine
-from replicas.protocol import ConfigError, GenerateRequest, SamplingParams
+from replicas.protocol import ConfigError
 
 _ids = count()
-Work = list[tuple[tuple[int, ...], int]]  # (prompt, tokens wanted)
-
-
-def continuous(engine: Engine, work: Work, batch: int) -> float:
-    """Seconds to complete all work, a new request entering whenever one of `batch` slots is free."""
-    queue, running = deque(work), 0
-    started = time.perf_counter()
-    while queue or running:
-        while queue and running < batch:
-            engine.add(_request(*queue.popleft()))
-            running += 1
-        running -= sum(chunk.terminal for chunk in engine.step())
-    return time.perf_counter() - started
-
-
-def static(engine: Engine, work: Work, batch: int, *, padded: bool) -> float:
-    """Seconds to complete all work in batches that start and end together."""
-    started = time.perf_counter()
-    for start in range(0, len(work), batch):
-        part = work[start : start + batch]
-        longest = max(wanted for _, wanted in part)
-        for prompt, wanted in part:
-            engine.add(_request(prompt, longest if padded else wanted))
-        while engine.has_work():
-            engine.step()
-    return time.perf_counter() - started
 
 
 def first_token_s(engine: Engine, prompt: tuple[int, ...]) -> float:
     """Seconds from submission to the first token; the request is then dropped."""
-    request = _request(prompt, 8)
+    request = Ask(prompt, 8).request(f"bench-{next(_ids)}")
     started = time.perf_counter()
     engine.add(request)
     while not engine.step():
@@ -68,11 +42,6 @@ def first_token_s(engine: Engine, prompt: tuple[int, ...]) -> float:
     seconds = time.perf_counter() - started
     engine.abort(request.request_id)
     return seconds
-
-
-def _request(prompt: tuple[int, ...], wanted: int) -> GenerateRequest:
-    params = SamplingParams(max_tokens=wanted, temperature=0, ignore_eos=True)
-    return GenerateRequest(request_id=f"bench-{next(_ids)}", prompt_token_ids=prompt, sampling=params)
 
 
 def read_lengths(trace: Path, divide: int, limit: int, seed: int) -> list[int]:
@@ -97,8 +66,8 @@ def run(engine: Engine, lengths: list[int], batch: int, prompt_tokens: int, pref
     def tokens(number: int) -> tuple[int, ...]:
         return tuple(rng.randrange(vocab) for _ in range(number))
 
-    def fresh() -> Work:
-        return [(tokens(prompt_tokens), length) for length in lengths]
+    def fresh() -> list[Talk]:
+        return [single(Ask(tokens(prompt_tokens), length)) for length in lengths]
 
     continuous(engine, fresh()[:batch], batch)  # warm-up
     total = sum(lengths)
@@ -106,9 +75,9 @@ def run(engine: Engine, lengths: list[int], batch: int, prompt_tokens: int, pref
         "requests": len(lengths),
         "output_tokens": total,
         "mean_output": total / len(lengths),
-        "continuous_tokens_per_s": total / continuous(engine, fresh(), batch),
-        "static_tokens_per_s": total / static(engine, fresh(), batch, padded=True),
-        "static_slots_freed_tokens_per_s": total / static(engine, fresh(), batch, padded=False),
+        "continuous_tokens_per_s": total / continuous(engine, fresh(), batch).seconds,
+        "static_tokens_per_s": total / static(engine, fresh(), batch, padded=True).seconds,
+        "static_slots_freed_tokens_per_s": total / static(engine, fresh(), batch, padded=False).seconds,
     }
     results["batching_ratio"] = results["continuous_tokens_per_s"] / results["static_tokens_per_s"]
     cold, warm = [], []

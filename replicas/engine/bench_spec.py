@@ -26,7 +26,7 @@ from replicas.engine.spec.config import Speculative
 from replicas.engine.spec.speculation import Speculation
 from replicas.protocol import ConfigError, GenerateRequest, SamplingParams, SignalboxError
 
-_STORY = (
+STORY = (
     "The harbour of Lindesnes was built in 1843, after three ships were lost on the rocks in a single winter. "
     "A local merchant, Anna Solberg, paid for the first lighthouse herself and kept its lamp burning for "
     "eleven years. When the railway came, the harbour lost most of its trade, and by 1920 only fishing boats "
@@ -34,7 +34,7 @@ _STORY = (
     "year, most of whom come in July and August. The museum shows the old lamp, the logbooks of the keepers, "
     "and a model of the harbour as it was in 1850."
 )
-_REPORT = (
+REPORT = (
     "Researchers measured how well houseplants clean the air of offices. In a sealed chamber, a spider plant "
     "removed half of the formaldehyde within a day. In a real office, however, the windows, the doors and the "
     "ventilation exchange the air many times an hour, and the plants made no difference that could be "
@@ -84,9 +84,9 @@ KINDS: dict[str, list[str]] = {
     ],
     "code, repeating": [_CLASS + "\n", _TABLE, _chat(f"{_ASK_CODE}```python\n{_CLASS}```")],
     "summarise": [
-        _chat(f"Summarize the following text:\n\n{_STORY}"),
-        _chat(f"Summarize the following text:\n\n{_REPORT}"),
-        _chat(f"List the key facts of this text:\n\n{_STORY}"),
+        _chat(f"Summarize the following text:\n\n{STORY}"),
+        _chat(f"Summarize the following text:\n\n{REPORT}"),
+        _chat(f"List the key facts of this text:\n\n{STORY}"),
     ],
 }
 

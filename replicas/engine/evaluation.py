@@ -128,6 +128,23 @@ def measure(
     )
 
 
+@torch.inference_mode()
+def agreement(loaded: Loaded, texts: Sequence[tuple[Sequence[int], int]]) -> tuple[int, int]:
+    """How many tokens are this model's own first choice, and of how many.
+
+    texts: token ids, and the place from which on they are judged, each given all the tokens before it. Written greedily
+    by another model, they tell how often both choose alike, without one difference counting for all that follows it.
+    """
+    same = judged = 0
+    for ids, first in texts:
+        window = Window(0, len(ids), first)
+        caches = _scratch(loaded, -(-len(ids) // _BLOCK))
+        for logits, targets in _predictions(loaded, torch.tensor(ids, dtype=torch.int64), [window], caches):
+            same += int((logits.argmax(dim=-1) == targets).sum())
+            judged += len(targets)
+    return same, judged
+
+
 def _batches(todo: Sequence[Window], together: int) -> Iterator[Sequence[Window]]:
     for start in range(0, len(todo), together):
         yield todo[start : start + together]
@@ -148,12 +165,19 @@ def _scratch(loaded: Loaded, num_blocks: int) -> list[LayerCache]:
 
 def _losses(loaded: Loaded, tokens: Tensor, some: Sequence[Window], caches: list[LayerCache]) -> Iterator[Tensor]:
     """Negative log-likelihoods float32 of each window's scored tokens."""
+    for logits, targets in _predictions(loaded, tokens, some, caches):
+        yield torch.nn.functional.cross_entropy(logits, targets, reduction="none").cpu()
+
+
+def _predictions(
+    loaded: Loaded, tokens: Tensor, some: Sequence[Window], caches: list[LayerCache]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(logits, the tokens that came) of each window's scored tokens."""
     logits = loaded.decoder.forward(_layout(tokens, some, loaded.device), caches)
     start = 0
     for w in some:
         count = w.end - w.first
-        targets = tokens[w.first : w.end].to(logits.device)
-        yield torch.nn.functional.cross_entropy(logits[start : start + count], targets, reduction="none").cpu()
+        yield logits[start : start + count], tokens[w.first : w.end].to(logits.device)
         start += count
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from replicas.engine import EngineConfig
-from replicas.engine.evaluation import measure, windows
+from replicas.engine.evaluation import agreement, measure, windows
 from replicas.engine.loading import load
 from replicas.engine.quantized.weight import QuantizedWeight
 from replicas.engine.quantizers import Settings, quantize
@@ -190,3 +190,13 @@ def test_perplexity_is_that_of_the_oracle_window_by_window(small_model: Path, wi
     assert found.nll == pytest.approx(sum(losses), rel=1e-5)
     if stride < window:
         assert found.scored == len(text) - 1, "every token but the first has something before it"
+
+
+def test_agreement_judges_what_a_model_would_have_written_itself(small_model: Path) -> None:
+    """Each token given those before it: a strange one costs itself and not what follows it."""
+    reference = Reference.load(small_model)
+    written = [*TEXT[:20], *reference.generate(TEXT[:20], 8, ignore_eos=True)]
+    loaded = load(EngineConfig(model=str(small_model)))
+    assert agreement(loaded, [(written, 20), (written, 24)]) == (8 + 4, 8 + 4)
+    strange = [*written[:-1], (written[-1] + 1) % 256]
+    assert agreement(loaded, [(strange, 20)]) == (7, 8)
