@@ -63,7 +63,7 @@ _COUNTS = {
 _LEGEND = """\
 whole, cut, 5xx: answers as clients saw them. made: tokens by the engines' count; billed, unbilled: on the books.
 unwritten: of steps in which a replica died. gateway, journal, reserved, released: attempts by how they ended there;
-reserved ones are estimated. marked: cut short, and no journal is left that could tell more. open: longest of a round.
+reserved ones are estimated. marked: cut short, and no journal has told more of them. open: longest of a round.
 """
 FLEET = """
 models:
@@ -287,7 +287,7 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     chosen = options(arguments)
     plan = Plan(kills=chosen.kills, callers=chosen.callers, seed=chosen.seed)
-    console, found = Console(highlight=False, width=140), []
+    console, found = Console(highlight=False, width=150), []
     try:
         with contextlib.ExitStack() as stack:
             for kind in chosen.database or ("sqlite", "postgresql"):
