@@ -55,7 +55,7 @@ check-load: install
 
 # Signalbox and its peers under the same load, side by side; makes the peers' environments in .peers on the first run.
 peers: install
-	$(BIN)/signalbox load peers --json peers.json --html peers.html
+	$(BIN)/signalbox load peers --json build/peers.json --html build/peers.html
 
 # Perplexity and size of quantised weights: make bench-quant TEXT=wikitext2_valid.txt
 bench-quant: install

@@ -270,10 +270,7 @@ def report(
 
 
 def _write_page(documents: list[tuple[str, Any]], path: Path, title: str = "signalbox load") -> None:
-    try:
-        path.write_text(reporting.page(documents, title), encoding="utf-8")
-    except OSError as error:
-        raise LoadError(f"cannot write {path}: {error.strerror or error}") from None
+    reporting.write(reporting.page(documents, title), path)
     typer.echo(f"report: {path}", err=True)
 
 

@@ -23,6 +23,9 @@ def peers(
     ] = "smollm2-135m-instruct",
     environments: Annotated[Path, typer.Option(help="Where the peers' environments are, or are made.")] = ROOT,
     install: Annotated[bool, typer.Option("--install", help="Make the environments and stop there.")] = False,
+    go_on: Annotated[
+        Path | None, typer.Option("--from", help="A file of --json: whom it has measured is not measured again.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures there.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the page there.")] = None,
 ) -> None:
@@ -36,7 +39,7 @@ def peers(
     the generator could not keep up · 130 interrupted. Results are written in every case but the second.
     """
     from deploy.models import pull
-    from load import results
+    from load import report, results
     from load.peers.comparison import Comparison, Setting, verdict
     from load.peers.contestants import chosen
     from load.peers.show import page, show
@@ -44,6 +47,8 @@ def peers(
     contestants = chosen(_names(only), _names(skip))
     signal.signal(signal.SIGTERM, _interrupt)
     comparison = Comparison(contestants, Setting(pull(model), seconds, environments), Console(stderr=True))
+    if go_on is not None:
+        comparison.go_on_from(go_on)
     if install:
         comparison.install()
         raise typer.Exit(verdict(comparison.document()))
@@ -53,7 +58,7 @@ def peers(
             results.write(json_file, document)
     show(document, Console(width=None if sys.stdout.isatty() else 170))
     if html is not None:
-        html.write_text(page(document), encoding="utf-8")
+        report.write(page(document), html)
     raise typer.Exit(verdict(document))
 
 

@@ -88,6 +88,26 @@ def running(command: Sequence[str], environment: Mapping[str, str], log: Path) -
         child.stop()
 
 
+def cores_in_use(seconds: float = 1.0) -> float | None:
+    """How many cores the whole machine uses on average in the next `seconds`; None where /proc/stat does not tell."""
+    before = _core_seconds()
+    if before is None:
+        return None
+    time.sleep(seconds)
+    after = _core_seconds()
+    assert after is not None, "it was there a moment ago"
+    return (after - before) / seconds
+
+
+def _core_seconds() -> float | None:
+    """User, nice, system, interrupts and stolen time of all cores since boot (proc_stat(5))."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return None
+    user, nice, system, _, _, irq, softirq, steal = (int(one) for one in stat.read_text().split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
 def last_lines(log: Path, lines: int) -> list[str]:
     """The last lines that say something; of one that a progress bar has overwritten, the last state."""
     if not log.exists():

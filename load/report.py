@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from load.compare import flatten
 from load.show import NAMES, spread, warnings
 from load.svg import Axis, Line, chart
-from load.units import show_time
+from load.units import LoadError, show_time
 
 Json = dict[str, Any]
 Run = tuple[str, Json, Json]  # name, settings, run
@@ -62,6 +63,15 @@ def shell(title: str, body: str) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>{body}</body></html>\n"
     )
+
+
+def write(text: str, path: Path) -> None:
+    """Raises LoadError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise LoadError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def _machines(documents: list[tuple[str, Json]]) -> str:

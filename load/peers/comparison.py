@@ -24,9 +24,10 @@ from load import environments, results
 from load.campaign import FAILED, INTERRUPTED, LATE, WELL
 from load.environments import CannotInstall
 from load.execute import execute
-from load.peers.contestants import Contestant, Stage
+from load.peers.contestants import CONTESTANTS, Contestant, Stage
 from load.peers.serving import PeerFailed, Served, first_token
 from load.peers.workloads import GATEWAY, KINDS, tasks, warm_up
+from load.processes import cores_in_use
 from load.scripted import mock_upstream
 from load.show import progress
 from load.summary import Judging, summarise
@@ -47,11 +48,25 @@ class Setting:
 
 @dataclass
 class Comparison:
+    """`contestants` have their turns in this order; `servers` are what an earlier run has measured already."""
+
     contestants: Sequence[Contestant]
     setting: Setting
     console: Console
     servers: list[Json] = field(default_factory=list)
     interrupted: bool = False
+
+    def go_on_from(self, path: Path) -> None:
+        """Whom that file's run has measured is not measured again. LoadError where the two would not compare."""
+        earlier, now = results.read_json(path), self.document()
+        if earlier.get("schema") != SCHEMA:
+            raise LoadError(f"{path} is not a result of `signalbox load peers` (schema {earlier.get('schema')!r})")
+        for name in ("machine", "settings"):
+            if earlier.get(name) != now[name]:
+                raise LoadError(f"{path}: {name} differs: {earlier.get(name)} there, {now[name]} here")
+        self.servers += [server for server in earlier["servers"] if not server["failure"]]
+        known = {server["name"] for server in self.servers}
+        self.contestants = [one for one in self.contestants if one.name not in known]
 
     def run(self) -> Iterator[Json]:
         """The document after every server. Ctrl-C ends it early and is no exception."""
@@ -85,6 +100,7 @@ class Comparison:
     def _enter(self, contestant: Contestant) -> Json:
         entry = {name: getattr(contestant, name) for name in ("name", "kind", "role", "weights", "note")} | {
             "versions": {},
+            "others_cores": None,
             "first_token_s": None,
             "failure": None,
             "runs": [],
@@ -100,6 +116,7 @@ class Comparison:
             step = "start"
             try:
                 entry["versions"] = environments.versions(python, contestant.packages)
+                entry["others_cores"] = cores_in_use()  # nothing of ours computes now
                 self._say(f"{contestant.name}: starting")
                 with contestant.serve(stage) as served:
                     entry["first_token_s"] = first_token(served, contestant.limit_s)
@@ -134,7 +151,9 @@ class Comparison:
     def document(self) -> Json:
         found = results.document("peers", {"seconds": self.setting.seconds, "model": self.setting.model.name}, [])
         del found["runs"]
-        return found | {"schema": SCHEMA, "interrupted": self.interrupted, "servers": self.servers}
+        order = {name: number for number, name in enumerate(CONTESTANTS)}
+        servers = sorted(self.servers, key=lambda server: order.get(server["name"], len(order)))
+        return found | {"schema": SCHEMA, "interrupted": self.interrupted, "servers": servers}
 
 
 def _check(run: Json, served: Served) -> None:

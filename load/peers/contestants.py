@@ -21,6 +21,7 @@ from load.weights import exported, gguf
 
 _CONTEXT = 2048  # tokens of a sequence, for all model servers
 _KV_GIB = 2
+_WHOLE = {"ignore_eos": True}  # for servers that know it: answers as long as was asked
 _KEY = "sk-signalbox-load-peers-0123456789abcdef"
 
 
@@ -60,20 +61,23 @@ class Contestant:
 # ------------------------------------------------------------------------------------------------------------- ours
 
 
-def _own(fleet: Callable[[Stage], Mapping[str, Any]]) -> Callable[[Stage], AbstractContextManager[Served]]:
+def _own(
+    fleet: Callable[[Stage], Mapping[str, Any]], extra: Mapping[str, Any] | None = None
+) -> Callable[[Stage], AbstractContextManager[Served]]:
     @contextmanager
     def serve(stage: Stage) -> Iterator[Served]:
         model = dict(fleet(stage))
         with instance(json.dumps({"models": [{"name": "model", **model}]})) as own:
             # making a key belongs to no start
-            yield Served(own.base_url, "model", began=time.monotonic() - own.up_s, key=own.key)
+            began = time.monotonic() - own.up_s
+            yield Served(own.base_url, "model", began, key=own.key, extra=extra or {})
 
     return serve
 
 
 def _engine(**settings: Any) -> Callable[[Stage], AbstractContextManager[Served]]:
     settings = {"kv_memory_gib": _KV_GIB, "max_model_len": _CONTEXT, **settings}
-    return _own(lambda stage: {"source": str(stage.model.absolute()), "engine_settings": settings})
+    return _own(lambda stage: {"source": str(stage.model.absolute()), "engine_settings": settings}, _WHOLE)
 
 
 @contextmanager
@@ -141,7 +145,7 @@ def _vllm(stage: Stage, port: int) -> Start:
             "VLLM_LOGGING_LEVEL": "WARNING",
             "VLLM_NO_USAGE_STATS": "1",
         },
-        extra={"ignore_eos": True},
+        extra=_WHOLE,
     )
 
 
@@ -149,7 +153,8 @@ def _llama_cpp(stage: Stage, port: int) -> Start:
     cpus = str(os.cpu_count() or 1)
     command = [str(stage.python), "-m", "llama_cpp.server", "--model", str(gguf(stage.model)), "--model_alias", "model"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--n_ctx", str(_CONTEXT), "--n_threads", cpus]
-    return Start([*command, "--n_threads_batch", cpus])
+    # by its default, a request that comes ends the one that is being answered
+    return Start([*command, "--n_threads_batch", cpus, "--interrupt_requests", "False"])
 
 
 def _transformers(stage: Stage, port: int) -> Start:
@@ -204,6 +209,7 @@ CONTESTANTS: Mapping[str, Contestant] = {
             packages=("llama-cpp-python",),
             weights="Q4_1 as in the file",
             environment=LLAMA_CPP,
+            note="answers one request at a time",
         ),
         Contestant(
             name="transformers",

@@ -34,6 +34,7 @@ LEGEND = (
     "tokens and requests. start to token: from the start of the process."
 )
 _MOST_LOG = 6
+_BUSY_CORES = 0.2
 
 
 def cell(row: Json, figure: str) -> tuple[str, bool]:
@@ -94,7 +95,13 @@ def failures(servers: list[Json]) -> list[tuple[str, list[str]]]:
 
 
 def flaws(servers: list[Json]) -> list[str]:
-    return [f"{row['server']}, {row['task']}: {flaw}" for row in rows(servers) for flaw in row["flaws"]]
+    """What a reader must know before believing the figures."""
+    busy = [
+        f"{server['name']}: others kept {server['others_cores']:.1f} cores of the machine busy when it was started"
+        for server in servers
+        if (server["others_cores"] or 0.0) > _BUSY_CORES
+    ]
+    return busy + [f"{row['server']}, {row['task']}: {flaw}" for row in rows(servers) for flaw in row["flaws"]]
 
 
 def machine(document: Json) -> str:
@@ -102,6 +109,7 @@ def machine(document: Json) -> str:
     return (
         f"{found['cores']} cores of {found['processor']}, {found['system']}, Python {found['python']}, "
         f"{document['created']}; {document['settings']['model']}, {document['settings']['seconds']:g} s a task"
+        + ("; INTERRUPTED, not all had their turn" if document["interrupted"] else "")
     )
 
 
