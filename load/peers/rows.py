@@ -109,8 +109,9 @@ def _with_ratios(
 
 
 def flaws_of(run: Json) -> list[str]:
-    """What a reader must know before believing a run's figures."""
-    found = [one for one in warnings(run) if not one.endswith("bound no p99")]  # no p99 is shown
+    """What a reader must know before believing a run's figures, but for what is said of all runs together."""
+    known = {"generator": {**run["generator"], "kept_up": True}}
+    found = [one for one in warnings(run | known) if not one.endswith("bound no p99")]  # no p99 is shown
     done, tokens = run["counts"]["measured"]["completed"], run["tokens"]["output"]
     if done and tokens < _SHORT * done * run["asked_output"]:
         found.append(f"answers have {tokens / done:.1f} tokens on average, {run['asked_output']} were asked for")

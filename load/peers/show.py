@@ -14,6 +14,7 @@ from load import report
 from load.peers.contestants import OURS
 from load.peers.rows import ADDED, START, rows
 from load.show import NAMES, estimate
+from load.summary import LAG_RULE
 from load.svg import Axis, Line, chart
 from load.units import show_time
 
@@ -45,7 +46,7 @@ def cell(row: Json, figure: str) -> tuple[str, bool]:
     value = found["value"]
     text = _number(value) if figure.endswith("per_s") else show_time(value)
     ratios = [estimate(own[figure]) for own in row["ratios"].values() if figure in own]
-    if ratios:
+    if any(one.value == one.value for one in ratios):  # over a time of 0 there is none
         text += f" ({', '.join(f'{one.value:.2f}' for one in ratios)})"
     return text, any(one.bounded and not one.low <= 1 <= one.high for one in ratios)
 
@@ -96,12 +97,15 @@ def failures(servers: list[Json]) -> list[tuple[str, list[str]]]:
 
 def flaws(servers: list[Json]) -> list[str]:
     """What a reader must know before believing the figures."""
-    busy = [
-        f"{server['name']}: others kept {server['others_cores']:.1f} cores of the machine busy when it was started"
-        for server in servers
-        if (server["others_cores"] or 0.0) > _BUSY_CORES
-    ]
-    return busy + [f"{row['server']}, {row['task']}: {flaw}" for row in rows(servers) for flaw in row["flaws"]]
+    found = []
+    busy = [f"{one['name']} {one['others_cores']:.1f}" for one in servers if (one["others_cores"] or 0) > _BUSY_CORES]
+    if busy:
+        found.append(f"others kept cores of the machine busy when these were started: {', '.join(busy)}")
+    runs = [(server["name"], run) for server in servers for run in server["runs"]]
+    late = [f"{name}, {run['label']}" for name, run in runs if not run["generator"]["kept_up"]]
+    if late:
+        found.append(f"OUR GENERATOR COULD NOT KEEP UP ({LAG_RULE}) in: {'; '.join(late)}")
+    return found + [f"{row['server']}, {row['task']}: {flaw}" for row in rows(servers) for flaw in row["flaws"]]
 
 
 def machine(document: Json) -> str:

@@ -23,7 +23,7 @@ from load.peers.comparison import Comparison, Setting, verdict
 from load.peers.contestants import CONTESTANTS, OURS, PEER, PEERS, Contestant, Stage, chosen
 from load.peers.rows import ADDED, START, flaws_of, rows
 from load.peers.serving import PeerFailed, Served, first_token
-from load.peers.show import flaws, page, show
+from load.peers.show import cell, flaws, page, show
 from load.peers.workloads import ALONE, ECHO, GATEWAY, MODEL, tasks
 from load.processes import Child, cores_in_use, last_lines, running, session
 from load.scripted import null_server
@@ -395,7 +395,7 @@ def test_a_machine_that_others_keep_busy_is_named(models: Json) -> None:
     assert flaws(models["servers"]) == []
     models["servers"][1]["others_cores"] = 1.5
     (flaw,) = flaws(models["servers"])
-    assert flaw == "signalbox-float32: others kept 1.5 cores of the machine busy when it was started"
+    assert flaw == "others kept cores of the machine busy when these were started: signalbox-float32 1.5"
 
 
 def test_cores_in_use_counts_what_a_process_computes(tmp_path: Path) -> None:
@@ -411,6 +411,15 @@ def test_a_late_generator_shows_in_the_exit_status(models: Json) -> None:
     assert verdict(models) == 0
     models["servers"][0]["runs"][0]["generator"]["kept_up"] = False
     assert verdict(models) == 4
+    (flaw,) = flaws(models["servers"])
+    assert flaw.startswith("OUR GENERATOR COULD NOT KEEP UP")
+    assert flaw.endswith("in: signalbox, 8 callers")
+
+
+def test_over_a_time_of_nothing_there_is_no_ratio() -> None:
+    runs = [[_run("x", 0.01, 9)], [_run("x", 0.0, 9)]]
+    servers = [_server("signalbox-fake", ECHO, OURS, runs[0]), _server("ray-serve", ECHO, PEER, runs[1])]
+    assert cell(rows(servers)[-1], "ttft_p50") == ("0 µs", False)
 
 
 def test_every_peer_is_in_the_table_of_versions() -> None:
