@@ -27,7 +27,10 @@ def perplexity(
         str, typer.Argument(help="A name from `models list`, a Hugging Face id, a folder or a .gguf file.")
     ],
     text: Annotated[Path, typer.Option(help="UTF-8 text to predict.")],
-    window: Annotated[int, typer.Option(help="Tokens that are computed together; nothing before them is seen.")] = 1024,
+    window: Annotated[
+        int | None,
+        typer.Option(help="Tokens computed together, nothing before them is seen; 1024 if the model can."),
+    ] = None,
     stride: Annotated[
         int | None, typer.Option(help="Tokens from one window's start to the next; by default the window.")
     ] = None,

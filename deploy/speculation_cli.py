@@ -13,7 +13,11 @@ if TYPE_CHECKING:
     from replicas.engine.spec.make import Material, Progress
 
 Model = Annotated[str, typer.Argument(help="Catalogue name, Hugging Face id, folder or .gguf file.")]
-Text = Annotated[Path, typer.Option("--text", help="Plain text, or JSON lines with a prompt each.")]
+Texts = Annotated[
+    list[Path] | None,
+    typer.Option("--text", help="Plain text to ask about, or JSON lines with a user's message as prompt; repeatable."),
+]
+Questions = Annotated[bool, typer.Option("--questions/--no-questions", help="Ask the built-in questions too.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder for the artefact; an interrupted run goes on from there.")]
 Tokens = Annotated[int, typer.Option(min=100, help="Tokens that the model writes itself, to learn from.")]
 Targets = Annotated[int, typer.Option(min=16, help="How many of the most frequent tokens can be guessed.")]
@@ -21,8 +25,9 @@ Targets = Annotated[int, typer.Option(min=16, help="How many of the most frequen
 
 def train_heads(
     model: Model,
-    text: Text,
     out: Out,
+    text: Texts = None,
+    questions: Questions = True,
     tokens: Tokens = 300_000,
     targets: Targets = 4096,
     heads: Annotated[int, typer.Option(min=1, max=16, help="Guesses ahead.")] = 4,
@@ -35,7 +40,7 @@ def train_heads(
     """Train Medusa heads for a model from what it writes itself."""
     from replicas.engine.spec.make import make_heads
 
-    with _material(model, text, out, tokens, targets) as (material, progress):
+    with _material(model, out, text or [], questions, tokens, targets) as (material, progress):
         right = make_heads(
             material, num_heads=heads, sequential=not independent, steps=steps, batch=batch, progress=progress
         )
@@ -45,8 +50,9 @@ def train_heads(
 
 def distill_draft(
     model: Model,
-    text: Text,
     out: Out,
+    text: Texts = None,
+    questions: Questions = True,
     layers: Annotated[int, typer.Option("--layers", min=1, help="How many of the model's layers to begin with.")] = 2,
     tokens: Tokens = 300_000,
     targets: Targets = 4096,
@@ -57,7 +63,7 @@ def distill_draft(
     from replicas.engine.spec.make import make_draft, spread_layers
     from replicas.engine.weights import open_checkpoint
 
-    with _material(model, text, out, tokens, targets) as (material, progress):
+    with _material(model, out, text or [], questions, tokens, targets) as (material, progress):
         chosen = spread_layers(open_checkpoint(material.model).config.num_layers, layers)
         right = make_draft(material, layers=chosen, steps=steps, batch=batch, progress=progress)
     typer.echo(
@@ -66,7 +72,9 @@ def distill_draft(
 
 
 @contextmanager
-def _material(model: str, text: Path, out: Path, tokens: int, targets: int) -> Iterator[tuple[Material, Progress]]:
+def _material(
+    model: str, out: Path, texts: list[Path], ask: bool, tokens: int, targets: int
+) -> Iterator[tuple[Material, Progress]]:
     """What to learn from, and bars on stderr, one a stage."""
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
@@ -86,4 +94,24 @@ def _material(model: str, text: Path, out: Path, tokens: int, targets: int) -> I
                 tasks[stage] = bars.add_task(stage, total=total)
             bars.update(tasks[stage], completed=done, total=total, description=f"{stage} ({note})")
 
-        yield Material(model=source, text=text, out=out, tokens=tokens, targets=targets), progress
+        yield (
+            Material(
+                model=source, texts=tuple(texts), frame=_frame(source), out=out, ask=ask, tokens=tokens, targets=targets
+            ),
+            progress,
+        )
+
+
+def _frame(source: str) -> tuple[str, str]:
+    """What the model's chat template puts before and after a user's message; both "" if it has none."""
+    from gateway.template import ChatTemplate
+    from replicas.engine.tokenizer import Tokenizer
+    from replicas.engine.weights import open_checkpoint
+
+    tokenizer = Tokenizer.load(open_checkpoint(source))
+    if not tokenizer.chat_template:
+        return "", ""
+    mark = "signalbox-message"
+    template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
+    before, _, after = template.render([{"role": "user", "content": mark}]).partition(mark)
+    return before, after

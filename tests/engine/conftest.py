@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from replicas.engine import Engine, EngineConfig
 from replicas.engine.reference import Reference
+from tests.small_model import EOS, write_byte_tokenizer, write_small_model
 
-EOS = 256
 MakeEngine = Callable[..., Engine]
-
-
-def write_byte_tokenizer(folder: Path, eos: int = EOS) -> None:
-    """One token a byte, ids 0..eos-1 in the byte's own order, and <eos>: of 256 bytes, or of the first few."""
-    from replicas.engine.tokenizer import _byte_alphabet
-
-    vocab = {byte: i for byte, i in _byte_alphabet().items() if i < eos} | {"<eos>": eos}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<eos>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>"}))
 
 
 @pytest.fixture(scope="session")
@@ -55,33 +40,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random, in full precision; every layer has multiples of 32 inputs and outputs, as 2-bit words want them."""
-    folder = tmp_path_factory.mktemp("small")
-    from safetensors.torch import save_file
-
-    from replicas.engine.model_config import config_from_hf
-    from replicas.engine.weights import expected_tensors
-
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": 257,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "eos_token_id": EOS,
-    }
-    generator = torch.Generator().manual_seed(1)
-    tensors = {
-        name: torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * 0.3
-        for name, shape in expected_tensors(config_from_hf(config)).items()
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "model.safetensors")
-    write_byte_tokenizer(folder)
-    return folder
+    return write_small_model(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,8 @@ from replicas.protocol import (
     InvalidRequest,
     QueueFull,
 )
-from tests.engine.conftest import EOS, MakeEngine
+from tests.engine.conftest import MakeEngine
+from tests.small_model import EOS
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
 

@@ -52,6 +52,19 @@ def test_gptq_changes_outputs_less_than_rounding_to_nearest(order: str) -> None:
     assert error(gptq_method.quantise(weight, grid, hessian, order=order).dequantise()) < 0.5 * plain
 
 
+def test_gptq_makes_up_for_what_rounded_layers_before_did_to_the_inputs() -> None:
+    weight, exact = loud_inputs()
+    given = 0.9 * exact + 0.05 * exact.roll(1, dims=1)
+    hessian, cross = given.T @ given / len(given), exact.T @ given / len(given)
+
+    def error(share: float) -> float:
+        made = gptq_method.follow(weight, hessian, cross, share=share)
+        return float(((given @ made.T - exact @ weight.T) ** 2).mean())
+
+    assert error(1.0) < 0.1 * error(0.0)
+    assert error(1.0) < error(0.5) < 0.5 * error(0.0)
+
+
 def test_awq_scales_and_clips_to_less_error_than_rounding_to_nearest() -> None:
     weight, x = loud_inputs()
     grid, hessian = Grid(4, 32, False), x.T @ x / len(x)

@@ -21,7 +21,7 @@ from replicas.engine.spec.cost import StepCost
 from replicas.engine.spec.lengths import choose_depth, choose_lengths
 from replicas.engine.spec.lookup import Index, Ngram, Suffix
 from replicas.engine.spec.make import Material, make_draft, make_heads
-from replicas.engine.spec.self_text import read_self_text
+from replicas.engine.spec.self_text import make_prompts, read_self_text
 from replicas.protocol import ConfigError, FinishReason
 from tests.engine.drafts import write_heads, write_layers_draft, write_noised_copy
 
@@ -248,7 +248,26 @@ def nothing(*_: Any) -> None:
 def material(model: Path, tmp_path: Path) -> Material:
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"prompt": f"prompt {i % 5} "}) + "\n" for i in range(60)))
-    return Material(model=str(model), text=text, out=tmp_path / "out", tokens=3000, targets=200)
+    return Material(
+        model=str(model), texts=(text,), frame=("", ""), ask=False, out=tmp_path / "out", tokens=3000, targets=200
+    )
+
+
+def test_prompts_are_framed_and_every_source_is_one_list(tmp_path: Path) -> None:
+    """A line separator inside a JSON string once ended the line."""
+    lines, text = tmp_path / "asked.jsonl", tmp_path / "text.txt"
+    lines.write_text(json.dumps({"prompt": "one\u2028two"}, ensure_ascii=False) + "\n\n", encoding="utf-8")
+    text.write_text("\n\n".join(f"Paragraph {i}. " + "It says something. " * 9 for i in range(4)))
+    asked, given, made = make_prompts([lines, text], ("<", ">"), ask=True)
+    assert given == ["<one\u2028two>"]
+    assert len(set(asked)) == len(asked) > 500
+    assert made[0].startswith("<Summarize the following text:\n\nParagraph 0.")
+    assert made[3].startswith("Paragraph 3.")
+    with pytest.raises(ConfigError, match="nothing to ask"):
+        make_prompts([], ("", ""), ask=False)
+    (tmp_path / "wrong.jsonl").write_text('{"text": "x"}')
+    with pytest.raises(ConfigError, match=r'wrong.jsonl: every line must be a JSON object with "prompt"'):
+        make_prompts([tmp_path / "wrong.jsonl"], ("", ""), ask=False)
 
 
 def test_heads_are_trained_saved_and_taken_up_where_they_were(tiny_model: Path, tmp_path: Path) -> None:

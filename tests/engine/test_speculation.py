@@ -18,9 +18,10 @@ from replicas.engine import Engine, EngineConfig, SamplingParams
 from replicas.engine.reference import Reference
 from replicas.engine.spec.config import Speculative
 from replicas.protocol import Chunk, FinishReason
-from tests.engine.conftest import MakeEngine, write_byte_tokenizer
+from tests.engine.conftest import MakeEngine
 from tests.engine.drafts import PROPOSERS, settings_of
 from tests.engine.test_engine import GREEDY, assert_greedy_is_the_oracles, drain, outputs, prompts_of, request
+from tests.small_model import write_byte_tokenizer
 
 LONG = replace(GREEDY, max_tokens=16)
 

@@ -31,7 +31,7 @@ class Block:
 
     def __init__(self, config: ModelConfig, index: int, tensors: Mapping[str, Tensor], cos_sin: Tensor) -> None:
         self.config, self.tensors = config, dict(tensors)
-        self._window, self._cos_sin = config.windows[index], cos_sin
+        self._index, self._window, self._cos_sin = index, config.windows[index], cos_sin
 
     @classmethod
     def read(cls, checkpoint: Checkpoint, index: int, cos_sin: Tensor, names: list[str]) -> Block:
@@ -59,6 +59,14 @@ class Block:
         yield STAGES[3], inputs
         for i, x in enumerate(inputs):
             states[i] = states[i] + self._linear(x, "mlp.down_proj")
+
+    def run(self, states: list[Tensor]) -> None:
+        """Brings `states` to the layer's outputs."""
+        for _ in self.stages(states):
+            pass
+
+    def copy(self) -> Block:
+        return Block(self.config, self._index, self.tensors, self._cos_sin)
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         return _OPS.rms_norm(x, self.tensors[f"{name}.weight"], self.config.rms_norm_eps)
@@ -88,13 +96,13 @@ class Block:
         return out.transpose(1, 2).flatten(2)
 
 
-def second_moment(inputs: list[Tensor]) -> Tensor:
-    """Mean of x x' over all rows of the inputs, each [..., K]: float32 [K, K]."""
+def second_moment(inputs: list[Tensor], others: list[Tensor] | None = None) -> Tensor:
+    """Mean of x y' over all rows x of the inputs, each [..., K], and y of the others (x itself): float32 [K, K]."""
     width, rows = inputs[0].shape[-1], 0
     total = torch.zeros(width, width)
-    for x in inputs:
+    for x, y in zip(inputs, others or inputs, strict=True):
         flat = x.flatten(0, -2)
-        total.addmm_(flat.T, flat)
+        total.addmm_(flat.T, y.flatten(0, -2))
         rows += len(flat)
     return total / rows
 

@@ -10,6 +10,8 @@ The order of inputs:
     static  by falling H[k, k] (the loudest first, while there is most room to correct); groups stay neighbours as they
             lie and their scales are fitted before the first rounding, so that a reader needs no permutation
     desc    by falling H[k, k], groups along that order: `desc_act`, the reader gathers by group_of
+
+What the layers before it did to its inputs is put right first, see `follow`.
 """
 
 from __future__ import annotations
@@ -62,6 +64,21 @@ def quantise(weight: Tensor, grid: Grid, hessian: Tensor, *, damping: float = 0.
         weight[:, end:].addmm_(errors, upper[start:end, end:], alpha=-1)
     back = permutation.argsort()
     return Codes(codes[:, back].byte(), scale, zero.byte(), groups[back])
+
+
+def follow(weight: Tensor, hessian: Tensor, cross: Tensor, *, damping: float = 0.01, share: float = 0.5) -> Tensor:
+    """The weight that gives from rounded layers' outputs x what `weight` would give from the exact ones y, by least
+    squares, `share` of the way (QEP: Arai & Ichikawa 2025, arXiv:2504.09629; all of it would fit the calibration text).
+
+    hessian: mean of x x'; cross: mean of y x'; both [K, K].
+    """
+    wide = hessian.double()
+    wide.diagonal().add_(float(wide.diagonal().mean()) * damping)
+    lower, failed = torch.linalg.cholesky_ex(wide)
+    if int(failed):
+        return weight
+    missing = weight.double() @ (cross - hessian).double()
+    return weight + share * torch.cholesky_solve(missing.T, lower).T.float()
 
 
 def _one_group(grid: Grid) -> Grid:

@@ -32,7 +32,7 @@ Progress = Callable[[int, int], None]
 METHODS = ("rtn", "awq", "gptq")
 _BITS = {"rtn": (2, 4, 8), "awq": (4,), "gptq": (2, 4, 8)}
 _BATCH_WINDOWS = 8  # calibration windows computed together
-_VERSION = 1  # of what a layer's codes depend on beside the settings: raise it with any change to a method
+_VERSIONS = {"rtn": 1, "awq": 1, "gptq": 2}  # of what codes depend on beside the settings: raise it with any change
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +121,8 @@ def quantize(
     settings.check()
     layout = layout or usual_layout(settings.method, settings.bits)
     check_layout(layout, settings.grid, settings.order if settings.method == "gptq" else "none")
+    if settings.calibrated and calibration is None:
+        raise ConfigError(f"method {settings.method!r} needs a calibration text", param="calibration")
     check_out(out)
     checkpoint = open_checkpoint(source)
     if checkpoint.quantization not in (None, "gguf"):
@@ -132,14 +134,17 @@ def quantize(
         for name in LINEARS:
             full = f"model.layers.{index}.{name}.weight"
             check_shape(full, shapes[full], settings.grid)
-    if settings.calibrated and calibration is None:
-        raise ConfigError(f"method {settings.method!r} needs a calibration text", param="calibration")
     config = hf_config(checkpoint)
     batches: list[Tensor] = []
     if settings.calibrated and calibration is not None:
         batches = calibration_windows(calibration, settings.samples, settings.window)
     digest = hashlib.blake2b(b"".join(batch.numpy().tobytes() for batch in batches), digest_size=16).hexdigest()
-    known = {"version": _VERSION, "model": checkpoint.revision, "calibration": digest, **asdict(settings)}
+    known = {
+        "version": _VERSIONS[settings.method],
+        "model": checkpoint.revision,
+        "calibration": digest,
+        **asdict(settings),
+    }
     parts = Parts(out, known)
     resumed = _run(checkpoint, settings, batches, parts, progress)
     return _write(checkpoint, settings, layout, config, parts, out, resumed)
@@ -156,38 +161,44 @@ def _run(checkpoint: Checkpoint, settings: Settings, batches: list[Tensor], part
         return found
     embedding = checkpoint.tensor("model.embed_tokens.weight") if batches else None
     states = [] if embedding is None else [embedding[batch].float() for batch in batches]
+    exact = list(states) if settings.method == "gptq" else []  # what the layers get where nothing is rounded
     for index in range(layers):
         block = Block.read(checkpoint, index, table, names)
+        unrounded = block.copy()
         if index < found:
             parts.restore(index, block)
-        else:
-            parts.save(index, *_quantise_block(block, states, settings))
+        elif settings.method == "gptq":
+            parts.save(index, *_gptq(block, unrounded, states, exact, settings))
             progress(index + 1, layers)
-        if states and index + 1 < layers and (index < found or settings.method == "awq"):
-            for _ in block.stages(states):
-                pass
+            continue
+        else:
+            parts.save(index, *_one_by_one(block, states, settings))
+            progress(index + 1, layers)
+        if index + 1 < layers:
+            block.run(states)
+            unrounded.run(exact)
     return found
 
 
-def _quantise_block(
-    block: Block, states: list[Tensor], settings: Settings
+def _gptq(
+    block: Block, unrounded: Block, states: list[Tensor], exact: list[Tensor], settings: Settings
 ) -> tuple[dict[str, Codes], dict[str, Tensor]]:
-    """Codes of every linear layer, and other tensors that were changed. The block then holds what they stand for.
+    """Codes of every linear layer, each made for what the rounded ones before it put out; the block then holds what
+    they stand for. Brings `states` and `exact` to the layer's outputs."""
+    codes: dict[str, Codes] = {}
+    for (stage, inputs), (_, wanted) in zip(block.stages(states), unrounded.stages(exact), strict=True):
+        moment = second_moment(inputs)
+        weight = gptq.follow(_stacked(block, stage), moment, second_moment(wanted, inputs), damping=settings.damping)
+        made = gptq.quantise(weight, settings.grid, moment, damping=settings.damping, order=settings.order)
+        codes |= _by_name(block, stage, made)
+    return codes, {}
 
-    GPTQ also brings `states` to the layer's outputs."""
+
+def _one_by_one(block: Block, states: list[Tensor], settings: Settings) -> tuple[dict[str, Codes], dict[str, Tensor]]:
+    """Codes of every linear layer, and other tensors that were changed. The block then holds what they stand for."""
     before = dict(block.tensors)
     codes: dict[str, Codes] = {}
-    if settings.method == "gptq":
-        for stage, inputs in block.stages(states):
-            moment = second_moment(inputs)
-            codes |= _by_name(
-                block,
-                stage,
-                gptq.quantise(
-                    _stacked(block, stage), settings.grid, moment, damping=settings.damping, order=settings.order
-                ),
-            )
-    elif settings.method == "awq":
+    if settings.method == "awq":
         codes = _awq(block, list(states), settings.grid)
     else:
         for stage in STAGES:

@@ -21,6 +21,7 @@ from torch import Tensor
 from replicas.engine.quantizers.block import LINEARS, Block
 from replicas.engine.quantizers.grid import Codes
 from replicas.engine.weights import read_json
+from replicas.protocol import ConfigError
 
 
 class Parts:
@@ -29,8 +30,13 @@ class Parts:
     def __init__(self, out: Path, settings: Mapping[str, Any]) -> None:
         self.folder = out.with_name(out.name + ".parts")
         record = self.folder / "settings.json"
-        if self.folder.exists() and not (record.exists() and read_json(record) == settings):
-            shutil.rmtree(self.folder)
+        if self.folder.exists():
+            if not record.is_file():
+                raise ConfigError(
+                    f"{str(self.folder)!r} is no earlier run's: name another folder or remove it", param="out"
+                )
+            if read_json(record) != settings:
+                shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         if not record.exists():
             _replace(record, json.dumps(settings, indent=2).encode())

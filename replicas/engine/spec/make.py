@@ -15,7 +15,7 @@ from torch import Tensor
 from replicas.engine.model_config import ModelConfig
 from replicas.engine.spec.draft_layers import DraftCheckpoint, DraftConfig, layer_tensors, save_draft, shallow
 from replicas.engine.spec.heads import HeadsConfig, save_heads
-from replicas.engine.spec.self_text import Sample, frequent_tokens, read_prompts, read_self_text, write_self_text
+from replicas.engine.spec.self_text import Sample, frequent_tokens, make_prompts, read_self_text, write_self_text
 from replicas.engine.spec.train import (
     Schedule,
     Vocabulary,
@@ -25,7 +25,6 @@ from replicas.engine.spec.train import (
     train_draft,
     train_heads,
 )
-from replicas.engine.tokenizer import Tokenizer
 from replicas.engine.weights import Checkpoint, open_checkpoint
 from replicas.protocol import ConfigError
 
@@ -34,21 +33,20 @@ Progress = Callable[[str, int, int, str], None]  # stage, done, of how many, wha
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Material:
-    """text: prompts (see `read_prompts`). tokens: of the model's own text to learn from. targets: ids to name."""
+    """texts, frame, ask: see `make_prompts`. tokens: of the model's own text to learn from. targets: ids to name."""
 
     model: str
-    text: Path
+    texts: tuple[Path, ...]
+    frame: tuple[str, str]
     out: Path
+    ask: bool = True
     tokens: int = 300_000
     targets: int = 4096
 
 
 def _learn_from(material: Material, progress: Progress) -> tuple[Checkpoint, list[Sample], list[Sample], Vocabulary]:
     checkpoint = open_checkpoint(material.model)
-    if not material.text.is_file():
-        raise ConfigError(f"{material.text} is not a file")
-    start, end = _chat_frame(Tokenizer.load(checkpoint))
-    prompts = read_prompts(material.text, start, end)
+    prompts = make_prompts(material.texts, material.frame, ask=material.ask)
     own_text = material.out / "work" / "text"
     write_self_text(
         material.model,
@@ -64,13 +62,6 @@ def _learn_from(material: Material, progress: Progress) -> tuple[Checkpoint, lis
     output = embed[targets] if tied else checkpoint.tensor("lm_head.weight").float()[targets]
     learn, measure = split(samples)
     return checkpoint, learn, measure, Vocabulary(embed, output, targets)
-
-
-def _chat_frame(tokenizer: Tokenizer) -> tuple[str, str]:
-    """Around a user's message, for templates in the ChatML form; others get plain text."""
-    if "<|im_start|>" not in tokenizer.chat_template:
-        return "", ""
-    return "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
 
 
 def make_heads(

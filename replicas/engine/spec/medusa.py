@@ -1,7 +1,8 @@
 """Guesses from extra heads on the target's own last hidden state; what a head computes stands in heads.py.
 
 A chain, not a tree: the likeliest token of each head. On a CPU every further row of a step costs, and the next-best
-branches of a tree are worth less than the chain's own next guess.
+branches of a tree are worth less than the chain's own next guess. On a CPU that multiplies with codes the heads and
+their output layer are rounded to 8 bits: reading them is what a guess costs, and the target checks it anyway.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from replicas.engine.model import Decoder
-from replicas.engine.ops import Ops
+from replicas.engine.ops import Linear, Ops
+from replicas.engine.quantized.rounding import int8
 from replicas.engine.sequence import Sequence
 from replicas.engine.spec.heads import HeadsConfig
 from replicas.engine.spec.proposer import Proposal, best_guesses, level
@@ -25,17 +27,22 @@ class Medusa:
         def held(name: str) -> Tensor:
             return tensors[name].to(decoder.device, decoder.dtype)
 
+        def linear(weight: Tensor, bias: Tensor | None) -> Linear:
+            if ops.multiplies_quantized and decoder.device.type == "cpu":
+                return ops.quantized_linear(int8(weight), bias)
+            return ops.linear(weight, bias)
+
         self.num_heads = config.num_heads
         self._decoder = decoder
         self._sequential = config.sequential
         self._targets = tensors["targets"].to(decoder.device, torch.int64)
-        self._output = ops.linear(decoder.head_rows(self._targets).to(decoder.dtype), None)
+        self._output = linear(decoder.head_rows(self._targets).to(decoder.dtype), None)
         self._heads = []
         for i in range(config.num_heads):
             weight = held(f"heads.{i}.state.weight")
             if config.sequential:  # one product with [z, e] instead of one each
                 weight = torch.cat((weight, held(f"heads.{i}.token.weight")), dim=1)
-            self._heads.append(ops.linear(weight, held(f"heads.{i}.state.bias")))
+            self._heads.append(linear(weight, held(f"heads.{i}.state.bias")))
         self._states: dict[Sequence, Tensor] = {}
 
     @torch.inference_mode()

@@ -1,6 +1,6 @@
 """What a model writes itself, with its last hidden states: from which heads and drafts learn (self-distillation).
 
-Prompts come from a file, are continued in one batch, and the results lie in shards that a later run takes up again:
+Prompts are continued in one batch, and the results lie in shards that a later run takes up again:
 
     shard-00000.npz    prompts int32 [sum P], prompt_lengths [N], outputs int32 [sum M], output_lengths [N]
                        states float16 [sum (M - 1), H]: states[i] of a sample is the last normed state before output i;
@@ -9,9 +9,11 @@ Prompts come from a file, are continued in one batch, and the results lie in sha
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,13 +26,15 @@ from replicas.engine.config import EngineConfig
 from replicas.engine.engine import Engine
 from replicas.engine.sequence import Sequence
 from replicas.engine.spec.proposer import Proposal
+from replicas.engine.spec.questions import questions
 from replicas.engine.spec.speculation import Speculation
 from replicas.engine.weights import open_checkpoint
 from replicas.protocol import ConfigError, GenerateRequest, SamplingParams
 
 _SHARD = 64  # samples
-_CHATS = ("Summarize the following text:\n\n{}", "Explain the following in simple words:\n\n{}", "{}")
+_ABOUT_TEXTS = ("Summarize the following text:\n\n{}", "Explain the following in simple words:\n\n{}", "{}")
 _LONGEST = 768  # tokens of a sample
+_LONGEST_TEXT = 1500  # characters of a user's message
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,35 +69,50 @@ class Recorder:
         assert set(self._states) <= set(running), "states outlived their sequence"
 
 
-def read_prompts(file: Path, chat_start: str, chat_end: str) -> list[str]:
-    """JSON lines with a "prompt" each, taken as they are; or plain text, of whose paragraphs questions are made.
+def make_prompts(files: Seq[Path], frame: tuple[str, str], *, ask: bool) -> list[list[str]]:
+    """One list a file, and `questions()` if `ask`.
 
-    chat_start, chat_end: what the model's chat template puts around a user's message, "" if it has none.
+    JSON lines have a "prompt" each, a user's message; of plain text questions are made, and some of its paragraphs are
+    to be continued as they are. frame: what the model's chat template puts before and after a user's message; both ""
+    if it has none.
     """
-    text = file.read_text(encoding="utf-8")
+    start, end = frame
+    asked = [[start + text + end for text in questions()]] if ask else []
+    lists = asked + [_of_file(file, start, end) for file in files]
+    if not lists:
+        raise ConfigError("there is nothing to ask the model: give a --text or leave --no-questions out", param="text")
+    return lists
+
+
+def _of_file(file: Path, start: str, end: str) -> list[str]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--text {str(file)!r} cannot be read: {error}", param="text") from error
     if file.suffix == ".jsonl":
         try:
-            return [str(json.loads(line)["prompt"]) for line in text.splitlines() if line.strip()]
+            asked = [str(json.loads(line)["prompt"]) for line in text.split("\n") if line.strip()]
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f'{file.name}: every line must be a JSON object with "prompt": {error}') from error
+        return [start + prompt[:_LONGEST_TEXT] + end for prompt in asked]
     paragraphs = [part.strip() for part in re.split(r"\n\s*\n|\n(?= \S)", text) if len(part.strip()) > 80]
-    prompts = []
-    for i, paragraph in enumerate(paragraphs):
-        if i % 4 == 3 or not chat_start:
-            prompts.append(paragraph[:200])
-        else:
-            prompts.append(chat_start + _CHATS[i % 4].format(paragraph[:1500]) + chat_end)
-    if not prompts:
+    if not paragraphs:
         raise ConfigError(f"{file.name} holds no paragraph of more than 80 characters")
-    return prompts
+    return [
+        paragraph[:200]
+        if i % 4 == 3 or not end
+        else start + _ABOUT_TEXTS[i % 4].format(paragraph[:_LONGEST_TEXT]) + end
+        for i, paragraph in enumerate(paragraphs)
+    ]
 
 
 def write_self_text(
-    model: str, prompts: list[str], folder: Path, *, tokens: int, report: Callable[[int], None] = lambda _: None
+    model: str, prompts: list[list[str]], folder: Path, *, tokens: int, report: Callable[[int], None] = lambda _: None
 ) -> None:
     """Continue prompts until `folder` holds `tokens` of output; what it holds already counts. report(tokens so far).
 
-    Three of five are greedy, the rest drawn at temperature 0.7.
+    The lists take turns. Three of five prompts are continued greedily, the rest at temperature 0.7; when all of a list
+    had their turn, they are drawn at 0.7 with other seeds.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shards = sorted(folder.glob("shard-*.npz"))
@@ -108,18 +127,16 @@ def write_self_text(
         EngineConfig(model=model, max_num_seqs=seats, max_model_len=longest, kv_memory_gib=2.0), speculation=speculation
     )
     params = SamplingParams(max_tokens=min(160, longest // 2))
-    waiting = iter(range(done, len(prompts)))
-    exhausted = False
-    while have + sum(len(s.output) for s in finished) < tokens and not (exhausted and not engine.has_work()):
-        while not exhausted and engine.stats().num_requests_running + engine.stats().num_requests_waiting < seats:
-            i = next(waiting, None)
-            if i is None:
-                exhausted = True
-                break
-            ids = engine.encode(prompts[i])[: longest - params.max_tokens]
-            own = replace(params, temperature=0.0 if i % 5 < 3 else 0.7, seed=i)
-            engine.add(GenerateRequest(request_id=str(i), prompt_token_ids=tuple(ids), sampling=own))
-        for chunk in engine.step() if engine.has_work() else []:
+    turns = itertools.count(done)
+    while have + sum(len(s.output) for s in finished) < tokens:
+        while engine.stats().num_requests_running + engine.stats().num_requests_waiting < seats:
+            i = next(turns)
+            own, at = prompts[i % len(prompts)], i // len(prompts)
+            ids = engine.encode(own[at % len(own)])[: longest - params.max_tokens]
+            greedy = at < len(own) and at % 5 < 3
+            drawn = replace(params, temperature=0.0 if greedy else 0.7, seed=i)
+            engine.add(GenerateRequest(request_id=str(i), prompt_token_ids=tuple(ids), sampling=drawn))
+        for chunk in engine.step():
             if chunk.error is not None:
                 raise chunk.error
         if len(finished) >= _SHARD:

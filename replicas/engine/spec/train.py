@@ -3,8 +3,8 @@
     train_heads    positions are independent: a state, the tokens after it, and the heads' guesses at those tokens
     train_draft    whole samples through the draft's layers, which begin as copies of the target's own
 
-Both minimise the cross-entropy of the model's own next tokens among `targets`, the ids that the artefact can name;
-other tokens do not count. AdamW, cosine from `rate` to a tenth of it.
+Heads minimise the cross-entropy with the model's own distribution (from its recorded states), drafts that with the
+tokens it wrote; both among `targets`, the ids that the artefact can name. AdamW, cosine from `rate` to a tenth of it.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from replicas.engine.spec.self_text import Sample
 IGNORED = -100
 _HELD_OUT = 20  # every so manyeth sample is for measuring
 _DECAY = 0.8  # how much less each further head's loss counts
+_STRETCH = 16  # neighbouring positions that are drawn together: the next one's guesses need the same distributions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,14 +109,29 @@ def split(samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
 # -------------------------------------------------------------------- heads
 
 
-def positions(samples: list[Sample], heads: int) -> tuple[Tensor, Tensor]:
-    """states float32 [N, H] and tokens int64 [N, heads + 1]: the one that came next and those after it, or IGNORED."""
-    rows = []
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """Of all samples after one another. states float16 [N, H]; tokens int64 [N, heads + 1]: the one that came next and
+    those after it, or IGNORED; left int64 [N]: how many of the states that follow are the same sample's."""
+
+    states: Tensor
+    tokens: Tensor
+    left: Tensor
+
+
+def positions(samples: list[Sample], heads: int) -> Positions:
+    tokens, left = [], []
     for sample in samples:
+        count = len(sample.states)
         padded = np.concatenate((sample.output, np.full(heads, IGNORED, dtype=np.int32)))
-        rows.append(np.lib.stride_tricks.sliding_window_view(padded, heads + 1)[: len(sample.states)])
+        tokens.append(np.lib.stride_tricks.sliding_window_view(padded, heads + 1)[:count])
+        left.append(np.arange(count - 1, -1, -1))
     states = np.concatenate([s.states for s in samples])
-    return torch.from_numpy(states), torch.from_numpy(np.concatenate(rows)).long()
+    return Positions(
+        torch.from_numpy(states),
+        torch.from_numpy(np.concatenate(tokens)).long(),
+        torch.from_numpy(np.concatenate(left)),
+    )
 
 
 def head_logits(
@@ -143,15 +159,25 @@ def train_heads(
         name: nn.Parameter(torch.zeros(shape) if name.endswith("bias") else torch.randn(shape) * 0.01)
         for name, shape in config.shapes().items()
     }
-    states, tokens = positions(samples, config.num_heads)
+    known, heads = positions(samples, config.num_heads), config.num_heads
     generator = torch.Generator()
+    stretch = torch.arange(_STRETCH)
 
     def loss_of(step: int) -> Tensor:
         generator.manual_seed(schedule.seed * 1_000_003 + step)
-        rows = torch.randint(len(states), (schedule.batch,), generator=generator)
-        batch, total = tokens[rows], torch.zeros(())
-        for i, logits in enumerate(head_logits(weights, config, states[rows].float(), batch, vocabulary)):
-            total = total + _DECAY**i * _cross_entropy(logits, batch[:, i + 1], vocabulary)
+        starts = torch.randint(len(known.states), (max(1, schedule.batch // _STRETCH), 1), generator=generator)
+        rows = (starts + stretch).clamp_max(len(known.states) - 1).flatten()
+        ahead = (starts + torch.arange(_STRETCH + heads)).clamp_max(len(known.states) - 1)
+        with torch.no_grad():  # the model's own distributions, of every state once
+            own = functional.linear(known.states[ahead].float(), vocabulary.output).softmax(dim=-1)
+        total = torch.zeros(())
+        guesses = head_logits(weights, config, known.states[rows].float(), known.tokens[rows], vocabulary)
+        for i, logits in enumerate(guesses):
+            wanted = own[:, i + 1 : i + 1 + _STRETCH].flatten(0, 1)
+            counts = known.left[rows] > i
+            if counts.any():
+                losses = -(wanted * logits.log_softmax(dim=-1)).sum(dim=-1)
+                total = total + _DECAY**i * losses[counts].mean()
         return total
 
     _run(weights, loss_of, schedule, file, report)
@@ -169,7 +195,8 @@ def measure_heads(
     weights: dict[str, Tensor], samples: list[Sample], config: HeadsConfig, vocabulary: Vocabulary
 ) -> list[float]:
     """Share of positions where head i and all before it guess what the model wrote."""
-    states, tokens = positions(samples, config.num_heads)
+    held = positions(samples, config.num_heads)
+    states, tokens = held.states, held.tokens
     right, tried = np.zeros(config.num_heads), np.zeros(config.num_heads)
     for part in torch.split(torch.arange(len(states)), 512):
         alive = torch.ones(len(part), dtype=torch.bool)
