@@ -23,19 +23,18 @@ from replicas.engine.blocks import BlockPool
 from replicas.engine.config import EngineConfig
 from replicas.engine.deadlines import too_late
 from replicas.engine.detokenizer import Detokenizer
-from replicas.engine.graphs import GraphRunner, choose_graphs, reserved_bytes
-from replicas.engine.kv_format import LayerCache, allocate_caches
+from replicas.engine.graphs import GraphRunner, choose_graphs
 from replicas.engine.layout import Layout
 from replicas.engine.loading import Loaded, load
 from replicas.engine.memory import choose_num_blocks
 from replicas.engine.meter import Meter
 from replicas.engine.offline import Completion, collect
 from replicas.engine.phases import Phases
+from replicas.engine.rehearsal import measure_steps, run_largest_step
 from replicas.engine.sampler import Sampled, Sampler
 from replicas.engine.scheduler import Scheduler, Step
 from replicas.engine.sequence import Group, Sequence, sampled_rows
 from replicas.engine.spec.build import build_speculation, typical_rule
-from replicas.engine.spec.cost import FEW, PROBED
 from replicas.engine.spec.speculation import Speculation
 from replicas.engine.waiting import OUTPUT_WEIGHT
 from replicas.protocol import (
@@ -76,10 +75,16 @@ class Engine:
         self._random = random.Random(config.seed)
         budget = loaded.max_num_batched_tokens
         bytes_per_block = loaded.kv_bytes_per_token * config.block_size
-        num_blocks = choose_num_blocks(config, loaded.device, bytes_per_block, self.max_model_len, self._profile)
+        num_blocks = choose_num_blocks(
+            config,
+            loaded.device,
+            bytes_per_block,
+            self.max_model_len,
+            lambda: run_largest_step(loaded, config, self._sampler),
+        )
         self._fit_context(num_blocks * config.block_size)
         self.pool = BlockPool(num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching)
-        self._caches = self._allocate_caches(num_blocks + 1)  # the last one is scratch for steps that are padded
+        self._kv = loaded.allocate_kv(num_blocks + 1, config.block_size)  # the last is scratch for padded steps
         self._graphs = self._build_graphs(scratch=num_blocks)
         self.scheduler = Scheduler(
             self.pool,
@@ -408,7 +413,7 @@ class Engine:
 
     def _forward(self, batch: StepBatch) -> tuple[torch.Tensor, ...]:
         """Logits and last hidden states of the rows that are wanted."""
-        hidden = self._decoder.hidden(batch, self._caches)
+        hidden = self._decoder.hidden(batch, self._kv.layers)
         return self._decoder.logits(hidden), hidden
 
     def _build_graphs(self, scratch: int) -> GraphRunner | None:
@@ -426,75 +431,17 @@ class Engine:
             device=self.loaded.device,
         )
 
-    def _allocate_caches(self, num_blocks: int) -> list[LayerCache]:
-        decoder = self._decoder
-        return allocate_caches(
-            num_blocks,
-            self.config.block_size,
-            num_layers=decoder.num_layers,
-            num_kv_heads=decoder.num_kv_heads,
-            head_dim=decoder.head_dim,
-            kv=self.loaded.kv,
-            device=self.loaded.device,
-        )
-
     @torch.inference_mode()
     def _copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         if not copies:
             return
         source, target = torch.tensor(copies, device=self.loaded.device).unbind(dim=1)
-        for cache in self._caches:
-            cache.copy_blocks(source, target)
+        self._kv.copy_blocks(source, target)
 
     def measure_steps(self, limit_s: float = 1.0) -> dict[int, float]:
-        """Least seconds of steps by their rows, on blocks that nobody uses yet.
-
-        All sizes take turns, so that a machine that is busy for a moment does not make one of them look dear; after two
-        rounds it stops when the limit is reached.
-        """
-        began, most = time.perf_counter(), min(self.max_model_len, self.pool.num_blocks * self.config.block_size)
-        measured: dict[int, float] = {}
-        for turn in range(4):
-            for rows in (rows for rows in PROBED if rows <= most):
-                late = time.perf_counter() - began > limit_s
-                if late and (turn > 1 or rows > FEW):
-                    continue
-                seconds = self._seconds_of(rows)
-                if turn:  # the first round touches memory for the first time
-                    measured[rows] = min(measured.get(rows, seconds), seconds)
-        return measured
-
-    @torch.inference_mode()
-    def _seconds_of(self, rows: int) -> float:
-        blocks = list(range(-(-rows // self.config.block_size)))
-        seq = Sequence("", 0, [0], 1, SamplingParams(temperature=0), 0, b"", blocks=blocks, drafts=[0] * (rows - 1))
-        started = time.perf_counter()
-        hidden = self._decoder.hidden(self._layout([(seq, rows)]), self._caches)
-        self._sampler(self._decoder.logits(hidden), sampled_rows(seq, rows))
-        seconds = time.perf_counter() - started
-        self._layout.release(seq)
-        return seconds
-
-    @torch.inference_mode()
-    def _profile(self) -> int:
-        """Run the largest step there can be, on scratch blocks, so that its peak memory is known (CUDA); returns how
-        many bytes recorded steps may take beside it."""
-        loaded, size = self.loaded, self.config.block_size
-        before = torch.cuda.memory_allocated(loaded.device)
-        num_seqs = min(self.config.max_num_seqs, loaded.max_num_batched_tokens)
-        share = loaded.max_num_batched_tokens // num_seqs
-        layout = Layout(num_seqs, share, size, loaded.device)
-        params = SamplingParams(max_tokens=1, top_p=0.9, logprobs=20, repetition_penalty=1.1)
-        blocks = list(range(-(-share // size)))
-        items = [(Sequence("", i, [0] * share, share, params, i, b"", blocks=blocks), share) for i in range(num_seqs)]
-        logits = self._decoder.forward(layout(items), self._allocate_caches(len(blocks)))
-        activations = torch.cuda.max_memory_allocated(loaded.device) - before
-        self._sampler(logits, [seq for seq, _ in items])
-        if choose_graphs(self.config.step_graphs, loaded.device, loaded.attention) is None:
-            return 0
-        return reserved_bytes(
-            num_seqs, self.config.tokens_per_step, logits.shape[1] * 4, activations // (num_seqs * share)
-        )
+        """Least seconds of steps by their rows, measured now. The engine must be idle."""
+        most = min(self.max_model_len, self.pool.num_blocks * self.config.block_size)
+        return measure_steps(self._decoder, self._sampler, self._layout, self._kv.layers, most, limit_s)
 
 
 def _check_ids(token_ids: Seq[int], vocab_size: int, param: str) -> None:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from replicas.engine.batch import StepBatch
-from replicas.engine.kv_format import LayerCache, allocate_caches
+from replicas.engine.kv_format import LayerCache
 from replicas.engine.loading import Loaded
 from replicas.protocol import ConfigError
 
@@ -111,7 +111,7 @@ def measure(
     todo = windows(len(token_ids), window, step)
     total = sum(w.end - w.begin for w in todo)
     together = max(1, _STEP_TOKENS // window)
-    caches = _scratch(loaded, together * -(-window // _BLOCK))
+    caches = loaded.allocate_kv(together * -(-window // _BLOCK), _BLOCK).layers
     tokens = torch.tensor(token_ids, dtype=torch.int64)
     nll, scored, done = 0.0, 0, 0
     for some in _batches(todo, together):
@@ -150,19 +150,6 @@ def agreement(loaded: Loaded, texts: Sequence[tuple[Sequence[int], int]]) -> tup
 def _batches(todo: Sequence[Window], together: int) -> Iterator[Sequence[Window]]:
     for start in range(0, len(todo), together):
         yield todo[start : start + together]
-
-
-def _scratch(loaded: Loaded, num_blocks: int) -> list[LayerCache]:
-    decoder = loaded.decoder
-    return allocate_caches(
-        num_blocks,
-        _BLOCK,
-        num_layers=decoder.num_layers,
-        num_kv_heads=decoder.num_kv_heads,
-        head_dim=decoder.head_dim,
-        kv=loaded.kv,
-        device=loaded.device,
-    )
 
 
 def _losses(loaded: Loaded, tokens: Tensor, some: Sequence[Window], caches: list[LayerCache]) -> Iterator[Tensor]:

@@ -118,14 +118,31 @@ class LayerCache:
             found.append(rows.to(dtype))
         return found[0], found[1]
 
+
+@dataclass(frozen=True, slots=True)
+class KVTensors:
+    """Keys and values of all layers: data [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim], and scales
+    of the same shape without the last dimension where the format has them. Block by block, in any memory layout.
+
+    layers: the same memory, as each layer's attention sees it.
+    """
+
+    data: Tensor
+    scales: Tensor | None
+    layers: list[LayerCache]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All there is of every block, one row a block."""
+        return (self.data,) if self.scales is None else (self.data, self.scales)
+
     def copy_blocks(self, source: Tensor, target: Tensor) -> None:
         """Blocks `source` (int64 [B]) over blocks `target`."""
-        for tensor in (self.keys, self.values, self.key_scales, self.value_scales):
-            if tensor is not None:
-                tensor[target] = tensor[source]
+        for tensor in self.tensors:
+            tensor[target] = tensor[source]
 
 
-def allocate_caches(
+def allocate_kv(
     num_blocks: int,
     block_size: int,
     *,
@@ -134,7 +151,7 @@ def allocate_caches(
     head_dim: int,
     kv: KVFormat,
     device: torch.device,
-) -> list[LayerCache]:
+) -> KVTensors:
     """Zeroed keys and values of every layer.
 
     On a CPU all layers of one block lie together, so that memory is taken from the system in proportion to the blocks
@@ -142,14 +159,15 @@ def allocate_caches(
     """
 
     def pool(dtype: torch.dtype, *inner: int) -> Tensor:
-        """[num_layers, 2, num_blocks, *inner]"""
+        """[num_blocks, num_layers, 2, *inner]"""
         if device.type != "cpu":
-            return torch.zeros(num_layers, 2, num_blocks, *inner, dtype=dtype, device=device)
+            return torch.zeros(num_layers, 2, num_blocks, *inner, dtype=dtype, device=device).movedim(2, 0)
         raw = host_zeros(num_blocks * num_layers * 2 * math.prod(inner) * dtype.itemsize)
-        return raw.view(dtype).view(num_blocks, num_layers, 2, *inner).movedim(0, 2)
+        return raw.view(dtype).view(num_blocks, num_layers, 2, *inner)
 
     data = pool(kv.dtype, block_size, num_kv_heads, head_dim)
     if not kv.scaled:
-        return [LayerCache(keys, values) for keys, values in data]
+        return KVTensors(data, None, [LayerCache(data[:, i, 0], data[:, i, 1]) for i in range(num_layers)])
     scales = pool(torch.float32, block_size, num_kv_heads)
-    return [LayerCache(x[0], x[1], kv, s[0], s[1]) for x, s in zip(data, scales, strict=True)]
+    layers = [LayerCache(data[:, i, 0], data[:, i, 1], kv, scales[:, i, 0], scales[:, i, 1]) for i in range(num_layers)]
+    return KVTensors(data, scales, layers)

@@ -11,7 +11,7 @@ import torch
 from replicas.engine.attention import choose_attention, obstacles
 from replicas.engine.backend import reason
 from replicas.engine.config import EngineConfig
-from replicas.engine.kv_format import KVFormat, choose_kv_format
+from replicas.engine.kv_format import KVFormat, KVTensors, allocate_kv, choose_kv_format
 from replicas.engine.model import Decoder
 from replicas.engine.model_config import ModelConfig
 from replicas.engine.ops import choose_ops
@@ -48,6 +48,18 @@ class Loaded:
     @property
     def kv_format(self) -> str:
         return self.kv.name
+
+    def allocate_kv(self, num_blocks: int, block_size: int) -> KVTensors:
+        """Zeroed keys and values of all layers, in the format that was chosen."""
+        return allocate_kv(
+            num_blocks,
+            block_size,
+            num_layers=self.decoder.num_layers,
+            num_kv_heads=self.decoder.num_kv_heads,
+            head_dim=self.decoder.head_dim,
+            kv=self.kv,
+            device=self.device,
+        )
 
 
 def load(config: EngineConfig, checkpoint: Checkpoint | None = None, tokenizer: Tokenizer | None = None) -> Loaded:

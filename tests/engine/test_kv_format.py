@@ -12,7 +12,7 @@ import torch
 from replicas.engine import Engine, SamplingParams
 from replicas.engine.attention import Attention, LayerCache, TorchAttention
 from replicas.engine.batch import StepBatch
-from replicas.engine.kv_format import KVFormat, allocate_caches, choose_kv_format
+from replicas.engine.kv_format import KVFormat, allocate_kv, choose_kv_format
 from replicas.engine.native.paged import NativeAttention
 from replicas.engine.offline import collect
 from replicas.engine.reference import Reference
@@ -99,7 +99,7 @@ def attend(
 ) -> tuple[torch.Tensor, LayerCache]:
     """The contexts are written first, by the same attention, in one step."""
     kv_heads, size = 2, 16
-    [cache] = allocate_caches(
+    [cache] = allocate_kv(
         sum(-(-c // size) for _, c in sequences) + 1,
         size,
         num_layers=1,
@@ -107,7 +107,7 @@ def attend(
         head_dim=dim,
         kv=eight_bits(name),
         device=torch.device("cpu"),
-    )
+    ).layers
     parts = []
     for i, (_, context) in enumerate(sequences):  # each with numbers of its own, whatever is beside it
         generator = torch.Generator().manual_seed(i)
@@ -147,9 +147,9 @@ def test_the_kernels_round_extremes_as_torch_does(name: str) -> None:
     x = vectors(24)
     caches = []
     for attention in (TorchAttention(), NativeAttention(kernels("native"))):
-        [cache] = allocate_caches(
+        [cache] = allocate_kv(
             3, 16, num_layers=1, num_kv_heads=2, head_dim=24, kv=eight_bits(name), device=torch.device("cpu")
-        )
+        ).layers
         attention(torch.zeros(40, 2, 24), x, x.flip(0), cache, step([(40, 40)], 16), scale=1.0, window=None)
         caches.append(cache)
     ours, theirs = caches

@@ -65,7 +65,7 @@ def test_preemption_forks_and_aborts_between_replays(make_engine: MakeEngine, or
 def test_scratch_is_no_block_of_the_pool(make_engine: MakeEngine) -> None:
     engine = make_engine(step_graphs="eager", num_blocks=8, max_model_len=32)
     assert engine.pool.num_blocks == 8
-    assert engine._caches[0].keys.shape[0] == 9
+    assert len(engine._kv.data) == 9
 
 
 def test_who_gets_graphs() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from replicas.engine.batch import StepBatch
 from replicas.engine.blocks import BlockPool
-from replicas.engine.kv_format import LayerCache, allocate_caches, plain_format
+from replicas.engine.kv_format import allocate_kv, plain_format
 from replicas.engine.layout import Layout
 from replicas.engine.model import Decoder
 from replicas.engine.sequence import Sequence
@@ -43,7 +43,7 @@ class DraftModel:
         blocks = max(kv_tokens // block_size, 1)
         self.pool = BlockPool(blocks, block_size, enable_prefix_caching=False)
         self._layout = Layout(max_sequences, decoder.max_model_len, block_size, decoder.device)
-        self._caches: list[LayerCache] = allocate_caches(
+        self._caches = allocate_kv(
             blocks,
             block_size,
             num_layers=decoder.num_layers,
@@ -51,7 +51,7 @@ class DraftModel:
             head_dim=decoder.head_dim,
             kv=plain_format(decoder.dtype),
             device=decoder.device,
-        )
+        ).layers
         self._shadows: dict[Sequence, Sequence] = {}
 
     @torch.inference_mode()

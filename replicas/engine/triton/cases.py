@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from replicas.engine.batch import StepBatch
-from replicas.engine.kv_format import LayerCache, allocate_caches, choose_kv_format
+from replicas.engine.kv_format import LayerCache, allocate_kv, choose_kv_format
 from replicas.engine.quantized.weight import QuantizedWeight
 from replicas.engine.triton.attention import TritonAttention
 from replicas.engine.triton.cache import rope_and_write
@@ -44,7 +44,7 @@ class AttentionCase:
         """Every sequence's past is in it, as fresh normal numbers."""
         generator = torch.Generator(device).manual_seed(seed)
         blocks = sum(-(-context // self.block_size) for _, context in self.sequences) + 1
-        [cache] = allocate_caches(
+        [cache] = allocate_kv(
             blocks,
             self.block_size,
             num_layers=1,
@@ -52,7 +52,7 @@ class AttentionCase:
             head_dim=self.dim,
             kv=choose_kv_format(self.kv, self.dtype),
             device=device,
-        )
+        ).layers
         everything = torch.arange(blocks * self.block_size, device=device)
         k, v = torch.randn(
             2, len(everything), self.kv_heads, self.dim, generator=generator, device=device, dtype=self.dtype
