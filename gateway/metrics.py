@@ -39,12 +39,27 @@ _GAUGES: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
         "Share of KV blocks in use, 0 to 1.",
         lambda s: 1 - s.kv_blocks_free / s.kv_blocks_total if s.kv_blocks_total else 0.0,
     ),
+    "host_cache_usage_perc": (
+        "Share of the host-memory tier in use, 0 to 1.",
+        lambda s: s.host_cache_blocks_used / s.host_cache_blocks_total if s.host_cache_blocks_total else 0.0,
+    ),
 }
 _COUNTERS: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
     "prompt_tokens": ("Prompt tokens processed.", lambda s: s.prompt_tokens),
     "generation_tokens": ("Tokens generated.", lambda s: s.generation_tokens),
     "prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", lambda s: s.prefix_cache_queries),
     "prefix_cache_hits": ("Prompt tokens found in the prefix cache.", lambda s: s.prefix_cache_hits),
+    "host_cache_hits": ("Prompt tokens fetched from host memory, of prefix_cache_hits.", lambda s: s.host_cache_hits),
+    "host_cache_offloaded_blocks": ("KV blocks copied to host memory.", lambda s: s.host_cache_offloaded_blocks),
+    "host_cache_fetched_blocks": ("KV blocks copied back from host memory.", lambda s: s.host_cache_fetched_blocks),
+    "host_cache_offloaded_bytes": (
+        "Bytes copied to host memory.",
+        lambda s: s.host_cache_offloaded_blocks * s.host_cache_block_bytes,
+    ),
+    "host_cache_fetched_bytes": (
+        "Bytes copied back from host memory.",
+        lambda s: s.host_cache_fetched_blocks * s.host_cache_block_bytes,
+    ),
     "num_preemptions": ("Requests preempted by the engine.", lambda s: s.num_preemptions),
     "engine_steps": ("Engine steps.", lambda s: s.steps),
     "spec_decode_num_drafts": ("Speculative proposals that were verified.", lambda s: s.spec_decode_num_drafts),

@@ -307,6 +307,8 @@ class EngineStats:
     prefill_rate: prompt tokens a second while prefilling. decode_step_s: seconds of a step without prefill.
     block_release_rate: blocks returned to the pool a second while busy.
     Counters only grow: prefix_cache_queries/hits and *_tokens count tokens, the others events.
+    host_cache_*: the host-memory tier, all 0 without one. blocks_total, blocks_used: its slots; block_bytes: of one;
+    offloaded_blocks, fetched_blocks: copied there and back; hits: of prefix_cache_hits, tokens that were fetched.
     spec_decode_num_drafts: proposals that were checked; _per_pos: accepted tokens by their place in the proposal.
     """
 
@@ -328,6 +330,12 @@ class EngineStats:
     spec_decode_num_draft_tokens: int = 0
     spec_decode_num_accepted_tokens: int = 0
     spec_decode_num_accepted_tokens_per_pos: tuple[int, ...] = ()
+    host_cache_blocks_total: int = 0
+    host_cache_blocks_used: int = 0
+    host_cache_block_bytes: int = 0
+    host_cache_offloaded_blocks: int = 0
+    host_cache_fetched_blocks: int = 0
+    host_cache_hits: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -348,7 +356,7 @@ class ReplicaStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVEvent:
-    """A change of a replica's prefix cache, in the order it happened.
+    """A change of a replica's prefix cache, in the order it happened. Blocks in its host-memory tier are in it, too.
 
     kind "stored": `hashes` are now cached, each the successor of the one before, the first of `parent` (a
     block's hash or a `prefix_root`).

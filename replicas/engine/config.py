@@ -30,6 +30,8 @@ class EngineConfig:
     kv_memory_gib: memory for the KV pool when num_blocks is None; None takes `memory_fraction` of what is really free
         after weights and, on CUDA, after profiling activations and sampler.
     memory_fraction: None is 0.25 on CPU, 0.92 of the card on CUDA.
+    host_cache_gib: host memory for prefix blocks that the KV pool has no room for any more; they are fetched back where
+        that is faster than computing them again, by measured rates (host_store.py). 0 keeps none.
     max_model_len: prompt + output tokens of one sequence; None takes the model's own limit.
     max_num_seqs: sequences in one step.
     max_num_batched_tokens: token budget of one step; None is 256 on CPU (at most half a second of prefill stands
@@ -57,6 +59,7 @@ class EngineConfig:
     num_blocks: int | None = None
     kv_memory_gib: float | None = None
     memory_fraction: float | None = None
+    host_cache_gib: float = 0.0
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int | None = None

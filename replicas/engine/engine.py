@@ -24,6 +24,7 @@ from replicas.engine.config import EngineConfig
 from replicas.engine.deadlines import too_late
 from replicas.engine.detokenizer import Detokenizer
 from replicas.engine.graphs import GraphRunner, choose_graphs
+from replicas.engine.host_cache import build_host_cache, staging_bytes
 from replicas.engine.layout import Layout
 from replicas.engine.loading import Loaded, load
 from replicas.engine.memory import choose_num_blocks
@@ -80,11 +81,17 @@ class Engine:
             loaded.device,
             bytes_per_block,
             self.max_model_len,
-            lambda: run_largest_step(loaded, config, self._sampler),
+            lambda: run_largest_step(loaded, config, self._sampler) + staging_bytes(config),
         )
         self._fit_context(num_blocks * config.block_size)
-        self.pool = BlockPool(num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching)
         self._kv = loaded.allocate_kv(num_blocks + 1, config.block_size)  # the last is scratch for padded steps
+        self.host_cache = build_host_cache(config, self._kv, num_blocks, bytes_per_block)
+        self.pool = BlockPool(
+            num_blocks,
+            config.block_size,
+            enable_prefix_caching=config.enable_prefix_caching,
+            host=self.host_cache.store if self.host_cache else None,
+        )
         self._graphs = self._build_graphs(scratch=num_blocks)
         self.scheduler = Scheduler(
             self.pool,
@@ -108,7 +115,7 @@ class Engine:
             max_model_len=self.max_model_len,
             block_size=config.block_size,
             kv_format=loaded.kv_format,
-            backends=loaded.backends,
+            backends=loaded.backends + (f", {self.host_cache}" if self.host_cache else ""),
         )
 
     # ---------------------------------------------------------------- requests
@@ -126,7 +133,7 @@ class Engine:
             for index in range(params.n)
         ]
         first = sequences[0]
-        first.queued_tokens = len(prompt) - self._cached_tokens(first)
+        first.queued_tokens = len(prompt) - self.scheduler.cached_tokens(first)
         self._groups[request.request_id] = Group(
             request, sequences, sequences[1:], params.n, Phases(time.perf_counter())
         )
@@ -184,15 +191,23 @@ class Engine:
         self._steps += 1
         seconds = time.perf_counter() - started
         self._speculation.record(seconds, sum(count for _, count in step.items))
-        self._meter.record(seconds, step.num_prefill_tokens, self.pool.released)
+        self._measure(seconds, step)
         self.scheduler.record(seconds, step)
         return chunks
+
+    def _measure(self, seconds: float, step: Step) -> None:
+        copying = self.host_cache.settle() if self.host_cache else 0.0
+        self._meter.record(seconds - min(copying, seconds / 2), step.num_prefill_tokens, self.pool.released)
+        if self.host_cache:
+            self.host_cache.store.rule.prefill_rate = self._meter.prefill_rate
 
     @torch.inference_mode()
     def _compute(self, step: Step) -> list[Sampled]:
         for seq in step.preempted:
             self._layout.release(seq)
             self._speculation.forget(seq)
+        if self.host_cache:
+            self.host_cache.move(step.offloads, step.fetches)
         self._copy_blocks(step.copies)
         batch = self._layout(step.items)
         logits, hidden = self._forward(batch) if self._graphs is None else self._graphs(batch)
@@ -317,8 +332,8 @@ class Engine:
     # ---------------------------------------------------------------- what others ask
 
     def stats(self) -> EngineStats:
-        scheduler = self.scheduler
-        return EngineStats(
+        scheduler, host = self.scheduler, self.pool.host
+        stats = EngineStats(
             num_requests_running=len(scheduler.running),
             num_requests_waiting=len(scheduler.waiting),
             queued_tokens=sum(s.queued_tokens for s in (*scheduler.waiting, *scheduler.running)),
@@ -337,6 +352,17 @@ class Engine:
             spec_decode_num_draft_tokens=self._speculation.num_draft_tokens,
             spec_decode_num_accepted_tokens=self._speculation.num_accepted_tokens,
             spec_decode_num_accepted_tokens_per_pos=tuple(self._speculation.accepted_per_position),
+        )
+        if host is None:
+            return stats
+        return replace(
+            stats,
+            host_cache_blocks_total=host.num_slots,
+            host_cache_blocks_used=len(host),
+            host_cache_block_bytes=host.rule.block_bytes,
+            host_cache_offloaded_blocks=host.offloaded,
+            host_cache_fetched_blocks=host.fetched,
+            host_cache_hits=scheduler.host_hits,
         )
 
     def take_events(self) -> list[KVEvent]:
@@ -393,13 +419,6 @@ class Engine:
                 "completion). Please reduce the length of the prompt or of the completion.",
                 param="messages",
             )
-
-    def _cached_tokens(self, seq: Sequence) -> int:
-        if not self.config.enable_prefix_caching:
-            return 0
-        size = self.config.block_size
-        usable = (seq.num_tokens - 1) // size
-        return size * len(self.pool.match(seq.root, seq.extend_hashes(size)[:usable], seq.tokens))
 
     def _fit_context(self, pool_tokens: int) -> None:
         if pool_tokens < self.max_model_len:

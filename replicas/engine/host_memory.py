@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import mmap
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from replicas.protocol import ConfigError
 
 _PAGE = 2 << 20
 
@@ -23,6 +26,29 @@ def host_zeros(nbytes: int) -> Tensor:
     whole = torch.frombuffer(mapping, dtype=torch.uint8)  # keeps the mapping alive, and so do its views
     start = -whole.data_ptr() % _PAGE
     return whole[start : start + nbytes]
+
+
+def pin(memory: Tensor) -> None:
+    """Lock what `host_zeros` gave, so that CUDA copies from and to it beside what computes. It takes all of it now.
+
+    Not by torch's allocator of pinned memory: that rounds up to a power of two and gives nothing back.
+    """
+    cuda: Any = torch.cuda
+    code = int(cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+    if code:
+        raise ConfigError(f"CUDA cannot lock {memory.nbytes / 2**30:.2f} GiB of host memory (error {code})")
+
+
+def unpin(*memories: Tensor) -> None:
+    cuda: Any = torch.cuda
+    for memory in memories:
+        cuda.cudart().cudaHostUnregister(memory.data_ptr())
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """On a GPU through pinned memory of this call alone, so that the copy need not be waited for: torch's allocator of
+    pinned memory hands a piece out again only when the copy from it is done."""
+    return values if device.type != "cuda" else values.pin_memory().to(device, non_blocking=True)
 
 
 class Arena:

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from replicas.engine.batch import StepBatch
+from replicas.engine.host_memory import to_device
 from replicas.engine.sequence import Sequence
 
 
@@ -71,9 +72,4 @@ class Layout:
         return seq.row
 
     def _tensor(self, values: NDArray[Any]) -> torch.Tensor:
-        """On a GPU through pinned memory of this step alone, so that the copy need not be waited for: torch's allocator
-        of pinned memory hands a piece out again only when the copy from it is done."""
-        staged = torch.from_numpy(values)
-        if self.device.type != "cuda":
-            return staged
-        return staged.pin_memory().to(self.device, non_blocking=True)
+        return to_device(torch.from_numpy(values), self.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,6 +115,10 @@ def _check(config: EngineConfig) -> None:
             raise ConfigError(f"{name} must be greater than 0, got {value!r}", param=name)
     if config.memory_fraction is not None and config.memory_fraction > 1:
         raise ConfigError(f"memory_fraction must be at most 1, got {config.memory_fraction!r}", param="memory_fraction")
+    if not 0 <= config.host_cache_gib < math.inf:
+        raise ConfigError(f"host_cache_gib must be 0 or more, got {config.host_cache_gib!r}", param="host_cache_gib")
+    if config.host_cache_gib and not config.enable_prefix_caching:
+        raise ConfigError("host_cache_gib keeps prefix blocks: it needs enable_prefix_caching", param="host_cache_gib")
     if not 0 <= config.watermark < 1:
         raise ConfigError(f"watermark must be at least 0 and less than 1, got {config.watermark!r}", param="watermark")
 

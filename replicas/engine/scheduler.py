@@ -27,12 +27,15 @@ from replicas.protocol import GenerateRequest
 class Step:
     """items: (sequence, tokens to compute), never empty in a step that is run.
 
-    copies: (source, destination) blocks whose contents must be copied before the step writes anything.
+    offloads, fetches: (block, host slot) and (host slot, block) to copy, in this order, before anything else.
+    copies: (source, destination) blocks whose contents must be copied then, before the step writes anything.
     preempted: sequences that lost their place in the running set.
     hopeless: waiting ones that were turned away, because they cannot meet their deadlines any more.
     """
 
     items: list[tuple[Sequence, int]] = field(default_factory=list)
+    offloads: list[tuple[int, int]] = field(default_factory=list)
+    fetches: list[tuple[int, int]] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
     hopeless: list[Sequence] = field(default_factory=list)
@@ -68,6 +71,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
+        self.host_hits = 0  # of prefix_hits, tokens whose blocks were fetched from host memory
 
     # ---------------------------------------------------------------- getting in line
 
@@ -114,6 +118,8 @@ class Scheduler:
             self._admit_waiting(step, budget, turn)
         if not step.items and turn.paused:  # whom they stood back for turned out to be hopeless
             self._extend_running(step, self.max_num_batched_tokens, Turn())
+        if self.pool.host is not None:
+            step.offloads, step.fetches = self.pool.host.take_transfers()
         return step
 
     def _could_admit(self, seq: Sequence) -> bool:
@@ -121,7 +127,7 @@ class Scheduler:
             return False
         needed = -(-seq.num_tokens // self.pool.block_size)
         room = self.pool.num_free - self.watermark_blocks
-        return needed <= room or needed - len(self._hits(seq)) <= room
+        return needed <= room or needed - sum(block is not None for block in self._find(seq)) <= room
 
     def _make_way(self, step: Step, now: float) -> None:
         """Where seats or blocks are wanting, the youngest of a key that floods leaves its own to one that does not.
@@ -224,31 +230,46 @@ class Scheduler:
         left = deadline - now
         if self._least_s(seq, seq.queued_tokens) <= left:
             return False
-        return self._least_s(seq, seq.num_tokens - len(self._hits(seq)) * self.pool.block_size) > left
+        return self._least_s(seq, seq.num_tokens - self.cached_tokens(seq)) > left
 
     def _least_s(self, seq: Sequence, tokens: int) -> float:
         """Seconds to compute `tokens` of a prompt and the fewest outputs allowed, at the least."""
         steps = -(-max(seq.sampling.min_tokens, 1) // self.tokens_per_step)
         return self._pace.least_s(tokens, steps, self.max_num_batched_tokens)
 
-    def _hits(self, seq: Sequence) -> list[int]:
-        """Cached blocks for a sequence that has none. One token at least is computed: its logits are sampled from."""
-        usable = (seq.num_tokens - 1) // self.pool.block_size
-        return self.pool.match(seq.root, seq.extend_hashes(self.pool.block_size)[:usable], seq.tokens)
+    def cached_tokens(self, seq: Sequence) -> int:
+        """Leading tokens of a sequence without blocks that need not be computed if it is admitted now."""
+        return len(self._find(seq)) * self.pool.block_size
+
+    def _find(self, seq: Sequence) -> list[int | None]:
+        """Cached blocks for a sequence that has none: an id each, or None for one to be fetched from host memory.
+
+        One token at least is computed: its logits are sampled from.
+        """
+        if not self.pool.enable_prefix_caching:
+            return []
+        size = self.pool.block_size
+        found = self.pool.match(seq.root, seq.extend_hashes(size)[: (seq.num_tokens - 1) // size], seq.tokens)
+        if self.pool.host is not None and None in found:
+            here = found.index(None)
+            if not self.pool.host.rule.pays(found.count(None), (len(found) - here) * size):
+                del found[here:]
+        return found
 
     def _allocate_prompt(self, seq: Sequence, reserved: int, now: float) -> bool:
         """All blocks that `seq` needs to compute its known tokens, cached ones first; False leaves all as it was."""
         size = self.pool.block_size
-        hits = self._hits(seq) if not seq.blocks and self.pool.enable_prefix_caching else []
-        needed = -(-seq.num_tokens // size) - len(seq.blocks) - len(hits) + self._copies_needed(seq)
-        free = self.pool.num_free - sum(self.pool.refs(b) == 0 for b in hits)
+        found = self._find(seq) if not seq.blocks else []
+        here = [block for block in found if block is not None]
+        fresh = -(-seq.num_tokens // size) - len(seq.blocks) - len(found)
+        needed = fresh + len(found) - len(here) + self._copies_needed(seq)
+        free = self.pool.num_free - sum(self.pool.refs(b) == 0 for b in here)
         if needed > free - (self.watermark_blocks + reserved if self.running else 0):
             return False
-        self.pool.acquire(hits)
-        seq.blocks += hits
-        seq.num_computed = max(seq.num_computed, len(hits) * size)
-        seq.stored = max(seq.stored, len(hits))
-        seq.blocks += self.pool.allocate(needed - self._copies_needed(seq))
+        seq.blocks += self.pool.take(found, seq.root, seq.hashes[: len(found)], seq.tokens)
+        seq.num_computed = max(seq.num_computed, len(found) * size)
+        seq.stored = max(seq.stored, len(found))
+        seq.blocks += self.pool.allocate(fresh)
         if not seq.admitted:
             seq.admitted = True
             seq.num_cached = seq.num_computed
@@ -257,6 +278,7 @@ class Scheduler:
             if seq.index == 0:
                 self.prefix_queries += seq.num_tokens
                 self.prefix_hits += seq.num_cached
+                self.host_hits += (len(found) - len(here)) * size
         return True
 
     def _extend(self, step: Step, seq: Sequence, count: int, now: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -12,6 +13,7 @@ from gateway.config import Retries, ServedModel
 from gateway.metrics import Metrics
 from gateway.totals import exported, merged
 from replicas.fake import FakeSettings
+from replicas.protocol import EngineStats, ReplicaAddress, ReplicaState, ReplicaStatus
 from replicas.upstream_config import Upstream
 from tests.gateway.conftest import MODEL, Gateway, StartGateway
 
@@ -19,6 +21,12 @@ ENGINE = {
     "signalbox_num_requests_running": "gauge",
     "signalbox_num_requests_waiting": "gauge",
     "signalbox_kv_cache_usage_perc": "gauge",
+    "signalbox_host_cache_usage_perc": "gauge",
+    "signalbox_host_cache_hits": "counter",
+    "signalbox_host_cache_offloaded_blocks": "counter",
+    "signalbox_host_cache_fetched_blocks": "counter",
+    "signalbox_host_cache_offloaded_bytes": "counter",
+    "signalbox_host_cache_fetched_bytes": "counter",
     "signalbox_prefix_cache_queries": "counter",
     "signalbox_prefix_cache_hits": "counter",
     "signalbox_num_preemptions": "counter",
@@ -112,6 +120,31 @@ def test_open_reservations_and_the_policy_generation_show(start_gateway: StartGa
         next(lines)
         assert value(gateway, "signalbox_ledger_reservations") == 1
     gateway.wait_until(lambda: value(gateway, "signalbox_ledger_reservations") == 0)
+
+
+def test_a_replicas_host_cache_shows_in_shares_blocks_and_bytes() -> None:
+    stats = EngineStats(
+        host_cache_blocks_total=8,
+        host_cache_blocks_used=2,
+        host_cache_block_bytes=1000,
+        host_cache_offloaded_blocks=5,
+        host_cache_fetched_blocks=3,
+        host_cache_hits=48,
+    )
+    status = ReplicaStatus(replica_id="a", incarnation="1", model=MODEL, state=ReplicaState.READY, stats=stats)
+    address = ReplicaAddress(replica_id="a", incarnation="1", model=MODEL, endpoint="", events_endpoint="")
+    metrics = Metrics([MODEL])
+    metrics.follow(lambda: [SimpleNamespace(address=address, status=status)], tuple)  # type: ignore[list-item]
+    found = {sample.name: sample.value for family in metrics.families() for sample in family.samples}
+    shown = {name.removeprefix("signalbox_host_cache_"): v for name, v in found.items() if "host_cache" in name}
+    assert shown == {
+        "usage_perc": 0.25,
+        "hits_total": 48,
+        "offloaded_blocks_total": 5,
+        "fetched_blocks_total": 3,
+        "offloaded_bytes_total": 5000,
+        "fetched_bytes_total": 3000,
+    }
 
 
 @pytest.mark.parametrize(("name", "labels", "total"), [("policy_generation", ["stage"], 3), ("other", ["stage"], 6)])
