@@ -140,7 +140,7 @@ def agreement(loaded: Loaded, texts: Sequence[tuple[Sequence[int], int]]) -> tup
     same = judged = 0
     for ids, first in texts:
         window = Window(0, len(ids), first)
-        caches = _scratch(loaded, -(-len(ids) // _BLOCK))
+        caches = loaded.allocate_kv(-(-len(ids) // _BLOCK), _BLOCK).layers
         for logits, targets in _predictions(loaded, torch.tensor(ids, dtype=torch.int64), [window], caches):
             same += int((logits.argmax(dim=-1) == targets).sum())
             judged += len(targets)
