@@ -10,6 +10,8 @@ import httpx
 import pytest
 
 from gateway.config import Retries, ServedModel
+from gateway.db.database import open_engine, reading
+from gateway.ledger.usage import totals
 from replicas.mock_upstream import MockUpstream
 from replicas.upstream_config import Upstream, UpstreamTimeouts
 from tests.gateway.conftest import Gateway, StartGateway
@@ -125,6 +127,20 @@ def test_without_a_fallback_the_error_is_proper(start: Start, behaviour: str) ->
     assert answer.status_code in (502, 503, 504)
     assert answer.json()["error"]["message"]
     assert "127.0.0.1" not in answer.text
+
+
+def test_what_an_upstream_had_made_before_it_was_cut_is_on_the_books_and_charged_to_nobody(start: Start) -> None:
+    gateway = start("fallbacks: {far: [fake]}", far="ended:after=3")
+    assert post(gateway, "far").json()["model"] == "fake"
+
+    def rows() -> list[tuple[str, int, int, int]]:
+        engine = open_engine(gateway.config.database_url)
+        with reading(engine).begin() as connection:
+            found = totals(connection)
+        engine.dispose()
+        return [(one.model, one.requests, one.completion_tokens, one.unbilled_tokens) for one in found]
+
+    gateway.wait_until(lambda: rows() == [("fake", 1, 4, 0), ("far", 0, 0, 6)])  # two attempts of three words
 
 
 def test_a_server_that_fails_at_what_is_wrong_with_a_request_is_not_held_for_ill(start: Start) -> None:
