@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
@@ -31,15 +32,15 @@ COLUMNS = {
     "requests_per_s": "requests/s",
 }
 LEGEND = (
-    "In brackets ours / theirs, in bold where the 95 % interval excludes 1: below 1 is better for times, above 1 for "
-    "tokens and requests. start to token: from the start of the process."
+    "In brackets ours / theirs, of several of ours in the table's order; bold where the 95 % interval excludes 1. Below 1 "
+    "is better for times, above 1 for tokens and requests. start to token: from the start of the process."
 )
 _MOST_LOG = 6
 _BUSY_CORES = 0.2
 
 
 def cell(row: Json, figure: str) -> tuple[str, bool]:
-    """`412 ms (0.31)`: the figure and, of a peer, ours over it, one ratio for each of ours; whether a ratio is sure."""
+    """`412 ms (0.31 0.58)`: the figure and, of a peer, ours over it, one ratio for each of ours; whether a ratio is sure."""
     found = row["figures"].get(figure)
     if found is None:
         return "", False
@@ -47,35 +48,43 @@ def cell(row: Json, figure: str) -> tuple[str, bool]:
     text = _number(value) if figure.endswith("per_s") else show_time(value)
     ratios = [estimate(own[figure]) for own in row["ratios"].values() if figure in own]
     if any(one.value == one.value for one in ratios):  # over a time of 0 there is none
-        text += f" ({', '.join(f'{one.value:.2f}' for one in ratios)})"
+        text += f" ({' '.join(_share(one.value) for one in ratios)})"
     return text, any(one.bounded and not one.low <= 1 <= one.high for one in ratios)
+
+
+def _share(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
-def sections(servers: list[Json]) -> Iterator[tuple[str, list[Json]]]:
-    """(title, rows) of the table: one section a task; a server's start stands in its first row."""
+@dataclass(frozen=True, slots=True)
+class Section:
+    """Of one task. ours: whose ratios stand in brackets, in that order."""
+
+    kind: str
+    task: str
+    ours: list[str]
+    rows: list[Json]
+
+
+def sections(servers: list[Json]) -> Iterator[Section]:
+    """A server's start stands in its first row."""
     found = rows(servers)
     starts = {row["server"]: row for row in found if row["task"] == START}
-    tasks = dict.fromkeys((row["kind"], row["task"]) for row in found if row["task"] != START)
-    for kind, task in tasks:
+    for kind, task in dict.fromkeys((row["kind"], row["task"]) for row in found if row["task"] != START):
+        ours = [server["name"] for server in servers if server["kind"] == kind and server["role"] == OURS]
         group = [row for row in found if (row["kind"], row["task"]) == (kind, task)]
-        merged = []
-        for row in group:
-            start = starts.pop(row["server"], None)
-            both = {part: {**row[part]} for part in ("figures", "ratios")}
-            if start is not None:
-                both["figures"] |= start["figures"]
-                both["ratios"] = {own: {**row["ratios"].get(own, {}), **of} for own, of in start["ratios"].items()}
-            merged.append(row | both)
-        yield _title(kind, task, servers), merged
+        yield Section(kind, task, ours, [_with_start(row, starts.pop(row["server"], None)) for row in group])
 
 
-def _title(kind: str, task: str, servers: list[Json]) -> str:
-    ours = [server["name"] for server in servers if server["kind"] == kind and server["role"] == OURS]
-    return f"{kind} · {task} · in brackets: {', '.join(ours)} / it"
+def _with_start(row: Json, start: Json | None) -> Json:
+    if start is None:
+        return row
+    ratios = {own: {**row["ratios"].get(own, {}), **figures} for own, figures in start["ratios"].items()}
+    return row | {"figures": row["figures"] | start["figures"], "ratios": ratios}
 
 
 def titles(server: Json) -> str:
@@ -100,7 +109,7 @@ def flaws(servers: list[Json]) -> list[str]:
     found = []
     busy = [f"{one['name']} {one['others_cores']:.1f}" for one in servers if (one["others_cores"] or 0) > _BUSY_CORES]
     if busy:
-        found.append(f"others kept cores of the machine busy when these were started: {', '.join(busy)}")
+        found.append(f"THE MACHINE WAS BUSY, so ratios mean little; cores that others kept before: {', '.join(busy)}")
     runs = [(server["name"], run) for server in servers for run in server["runs"]]
     late = [f"{name}, {run['label']}" for name, run in runs if not run["generator"]["kept_up"]]
     if late:
@@ -122,14 +131,18 @@ def show(document: Json, console: Console) -> None:
     console.print(machine(document), highlight=False, markup=False)
     for server in servers:
         console.print(f"  {titles(server)}", highlight=False, markup=False)
-    grid = Grid("", box=None, padding=(0, 1), header_style="bold")
+    grid = Grid(box=None, padding=(0, 1), header_style="bold")
+    grid.add_column("", no_wrap=True)
     for head in COLUMNS.values():
-        grid.add_column(head, justify="right")
-    for title, group in sections(servers):
-        grid.add_section()
+        grid.add_column(head, justify="right", no_wrap=True)
+    kind = ""
+    for section in sections(servers):
         grid.add_row()
-        grid.add_row(f"[bold]{plain(title.partition(' · in ')[0])}[/]")
-        for row in group:
+        if section.kind != kind:
+            kind = section.kind
+            grid.add_row(f"[bold]{kind.upper()}[/]")
+        grid.add_row(f"[bold]{section.task}[/]")
+        for row in section.rows:
             shown = [cell(row, figure) for figure in COLUMNS]
             grid.add_row(f"  {row['server']}", *(f"[bold]{text}[/]" if sure else text for text, sure in shown))
     console.print(grid)
@@ -161,9 +174,12 @@ def page(document: Json) -> str:
 def _table(servers: list[Json]) -> str:
     heads = "".join(f"<th>{escape(head)}</th>" for head in ("", *COLUMNS.values()))
     body = []
-    for title, group in sections(servers):
+    for section in sections(servers):
+        title = f"{section.kind} · {section.task}"
+        if section.ours:
+            title += f" · in brackets {', '.join(section.ours)} / it"
         body.append(f'<tr><th colspan="{len(COLUMNS) + 1}">{escape(title)}</th></tr>')
-        for row in group:
+        for row in section.rows:
             shown = (cell(row, figure) for figure in COLUMNS)
             cells = "".join(f"<td>{f'<b>{escape(text)}</b>' if sure else escape(text)}</td>" for text, sure in shown)
             body.append(f"<tr><td>{escape(row['server'])}</td>{cells}</tr>")

@@ -55,7 +55,7 @@ def _of_models(seconds: float) -> tuple[Task, ...]:
     return (
         _fixed(f"1 caller, {PROMPT} in, {OUTPUT} out", 1, PROMPT, OUTPUT, seconds, seed=1),
         _fixed(f"8 callers, {PROMPT} in, {OUTPUT} out", 8, PROMPT, OUTPUT, seconds, seed=2),
-        Task("chat: 4 callers, 3 turns, 256 shared", chat, ClosedLoop(4, seconds), 32),
+        Task("chat: 4 callers, 256 shared", chat, ClosedLoop(4, seconds), 32),
     )
 
 
