@@ -32,15 +32,15 @@ COLUMNS = {
     "requests_per_s": "requests/s",
 }
 LEGEND = (
-    "In brackets ours / theirs, of several of ours in the table's order; bold where the 95 % interval excludes 1. Below 1 "
-    "is better for times, above 1 for tokens and requests. start to token: from the start of the process."
+    "In brackets ours / theirs, of several of ours in the table's order; bold where the 95 % interval excludes 1. "
+    "Below 1 is better for times, above 1 for tokens and requests. start to token: from the start of the process."
 )
 _MOST_LOG = 6
 _BUSY_CORES = 0.2
 
 
 def cell(row: Json, figure: str) -> tuple[str, bool]:
-    """`412 ms (0.31 0.58)`: the figure and, of a peer, ours over it, one ratio for each of ours; whether a ratio is sure."""
+    """`412 ms (0.31 0.58)`: the figure and, of a peer, each of ours over it; whether such a ratio is sure."""
     found = row["figures"].get(figure)
     if found is None:
         return "", False
