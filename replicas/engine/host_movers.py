@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from itertools import cycle
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -28,6 +30,7 @@ from replicas.engine.host_memory import to_device
 
 Pairs = Sequence[tuple[int, int]]
 Finished = tuple[int, float, bool]
+_Bytes = npt.NDArray[np.uint8]
 
 BUFFERS = 2
 
@@ -51,10 +54,13 @@ class Mover(Protocol):
 
 
 class DirectMover:
-    """device, host: tensors in the same memory, each with rows of the same shape."""
+    """device, host: contiguous tensors in the same memory, each with rows of the same shape.
+
+    Copied by this thread alone: torch would divide each block among its own, and on busy cores wait for one of them.
+    """
 
     def __init__(self, device: Sequence[Tensor], host: Sequence[Tensor]) -> None:
-        self._device, self._host = device, host
+        self._device, self._host = [_rows(tensor) for tensor in device], [_rows(tensor) for tensor in host]
         self._done: list[Finished] = []
 
     def offload(self, pairs: Pairs) -> None:
@@ -63,11 +69,11 @@ class DirectMover:
     def fetch(self, pairs: Pairs) -> None:
         self._move(pairs, self._host, self._device)
 
-    def _move(self, pairs: Pairs, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    def _move(self, pairs: Pairs, sources: Sequence[_Bytes], targets: Sequence[_Bytes]) -> None:
         started = time.perf_counter()
         for source, target in zip(sources, targets, strict=True):
             for row, to in pairs:
-                target[to].copy_(source[row])
+                target[to] = source[row]
         self._done.append((len(pairs), time.perf_counter() - started, True))
 
     def finished(self) -> list[Finished]:
@@ -76,6 +82,12 @@ class DirectMover:
 
     def wait(self) -> None:
         pass
+
+
+def _rows(tensor: Tensor) -> _Bytes:
+    """uint8 [rows, bytes of one], the same memory."""
+    rows: _Bytes = tensor.view(len(tensor), -1).view(torch.uint8).numpy()
+    return rows
 
 
 class Event(Protocol):
