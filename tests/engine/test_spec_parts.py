@@ -21,7 +21,8 @@ from replicas.engine.spec.cost import StepCost
 from replicas.engine.spec.lengths import choose_depth, choose_lengths
 from replicas.engine.spec.lookup import Index, Ngram, Suffix
 from replicas.engine.spec.make import Material, make_draft, make_heads
-from replicas.engine.spec.self_text import make_prompts, read_self_text
+from replicas.engine.spec.self_text import make_prompts, read_self_text, write_self_text
+from replicas.engine.spec.train import split
 from replicas.protocol import ConfigError, FinishReason
 from tests.engine.drafts import write_heads, write_layers_draft, write_noised_copy
 
@@ -291,6 +292,21 @@ def test_heads_are_trained_saved_and_taken_up_where_they_were(tiny_model: Path, 
     start(tiny_model, method="medusa", heads=str(made.out))
 
 
+def test_a_text_that_is_taken_up_has_no_turn_twice_and_no_prompt_on_both_sides(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """Answers that ended early were written again by the next run, and then stood on both sides of the split."""
+    prompts = [[f"prompt {i}" for i in range(7)]]
+    for tokens in (4000, 8000, 12000):
+        write_self_text(str(tiny_model), prompts, tmp_path, tokens=tokens)
+    turns = np.concatenate([np.load(shard)["turns"] for shard in tmp_path.glob("shard-*.npz")])
+    assert len(turns) == len(set(turns)) > 7
+    learn, measure = split(list(read_self_text(tmp_path)))
+    sides = [{sample.prompt.tobytes() for sample in side} for side in (learn, measure)]
+    assert all(sides)
+    assert not sides[0] & sides[1]
+
+
 def test_states_of_the_models_own_text_are_those_its_tokens_came_from(tiny_model: Path, tmp_path: Path) -> None:
     made = material(tiny_model, tmp_path)
     make_heads(made, num_heads=1, sequential=False, steps=1, batch=8, progress=nothing)
@@ -304,7 +320,13 @@ def test_states_of_the_models_own_text_are_those_its_tokens_came_from(tiny_model
 
 def test_a_draft_is_distilled_and_taken(tiny_model: Path, tmp_path: Path) -> None:
     made = material(tiny_model, tmp_path)
-    before = make_draft(made, layers=(0,), steps=1, batch=4, progress=nothing)
-    after = make_draft(made, layers=(0,), steps=40, batch=4, progress=nothing)
-    assert after > before
+    losses: list[float] = []
+
+    def progress(stage: str, done: int, total: int, note: str) -> None:
+        if stage == "training":
+            losses.append(float(note.removeprefix("loss ")))
+
+    assert 0 < make_draft(made, layers=(0,), steps=75, batch=4, progress=progress) < 1
+    assert losses == sorted(losses, reverse=True)
+    assert len(losses) == 3
     start(tiny_model, method="draft_model", model=str(made.out))

@@ -58,9 +58,9 @@ def _learn_from(material: Material, progress: Progress) -> tuple[Checkpoint, lis
     samples = list(read_self_text(own_text))
     embed = checkpoint.tensor("model.embed_tokens.weight").float()
     tied = checkpoint.config.tie_word_embeddings
-    targets = torch.from_numpy(frequent_tokens(samples, material.targets))
-    output = embed[targets] if tied else checkpoint.tensor("lm_head.weight").float()[targets]
     learn, measure = split(samples)
+    targets = torch.from_numpy(frequent_tokens(learn, material.targets))
+    output = embed[targets] if tied else checkpoint.tensor("lm_head.weight").float()[targets]
     return checkpoint, learn, measure, Vocabulary(embed, output, targets)
 
 

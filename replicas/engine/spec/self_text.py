@@ -3,6 +3,7 @@
 Prompts are continued in one batch, and the results lie in shards that a later run takes up again:
 
     shard-00000.npz    prompts int32 [sum P], prompt_lengths [N], outputs int32 [sum M], output_lengths [N]
+                       turns int64 [N]: which turn each was; those that were under way when a run ended are missing
                        states float16 [sum (M - 1), H]: states[i] of a sample is the last normed state before output i;
                        that of the last output is not kept, nothing follows it
 """
@@ -42,6 +43,7 @@ class Sample:
     prompt: NDArray[np.int32]
     output: NDArray[np.int32]
     states: NDArray[np.float16]
+    turn: int = 0
 
 
 class Recorder:
@@ -63,7 +65,8 @@ class Recorder:
         states = self._states.pop(seq, None)
         if states is not None and seq.finish_reason is not None and len(states) == seq.num_output - 1:
             tokens = np.array(seq.tokens, dtype=np.int32)
-            self._ended(Sample(tokens[: seq.num_prompt], tokens[seq.num_prompt :], np.array(states)))
+            prompt, output = tokens[: seq.num_prompt], tokens[seq.num_prompt :]
+            self._ended(Sample(prompt, output, np.array(states), int(seq.request_id)))
 
     def check_integrity(self, running: Any) -> None:
         assert set(self._states) <= set(running), "states outlived their sequence"
@@ -116,7 +119,11 @@ def write_self_text(
     """
     folder.mkdir(parents=True, exist_ok=True)
     shards = sorted(folder.glob("shard-*.npz"))
-    done, have = _SHARD * len(shards), sum(int(np.load(shard)["output_lengths"].sum()) for shard in shards)
+    done, have = set[int](), 0
+    for shard in shards:
+        with np.load(shard) as held:
+            done.update(held["turns"].tolist())
+            have += int(held["output_lengths"].sum())
     report(have)
     if have >= tokens:
         return
@@ -127,7 +134,7 @@ def write_self_text(
         EngineConfig(model=model, max_num_seqs=seats, max_model_len=longest, kv_memory_gib=2.0), speculation=speculation
     )
     params = SamplingParams(max_tokens=min(160, longest // 2))
-    turns = itertools.count(done)
+    turns = (i for i in itertools.count() if i not in done)
     while have + sum(len(s.output) for s in finished) < tokens:
         while engine.stats().num_requests_running + engine.stats().num_requests_waiting < seats:
             i = next(turns)
@@ -156,6 +163,7 @@ def _write(folder: Path, index: int, samples: list[Sample]) -> int:
         prompt_lengths=np.array([len(s.prompt) for s in samples]),
         outputs=np.concatenate([s.output for s in samples]),
         output_lengths=np.array([len(s.output) for s in samples]),
+        turns=np.array([s.turn for s in samples]),
         states=np.concatenate([s.states for s in samples]),
     )
     partial.replace(folder / f"shard-{index:05}.npz")

@@ -10,6 +10,7 @@ tokens it wrote; both among `targets`, the ids that the artefact can name. AdamW
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,10 @@ from replicas.engine.model import rope_table
 from replicas.engine.model_config import ModelConfig
 from replicas.engine.spec.heads import HeadsConfig
 from replicas.engine.spec.self_text import Sample
+from replicas.protocol import ConfigError
 
 IGNORED = -100
-_HELD_OUT = 20  # every so manyeth sample is for measuring
+_HELD_OUT = 20  # every so manyeth prompt is for measuring
 _DECAY = 0.8  # how much less each further head's loss counts
 _STRETCH = 16  # neighbouring positions that are drawn together: the next one's guesses need the same distributions
 
@@ -99,10 +101,14 @@ def _run(
 
 
 def split(samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
-    """(for training, for measuring)"""
+    """(for training, for measuring): all answers to a prompt are on one side. ConfigError if there is one prompt."""
+    prompts = sorted({s.prompt.tobytes() for s in samples}, key=zlib.crc32)
+    if len(prompts) < 2:
+        raise ConfigError("all of the model's own text answers one prompt: nothing can be held out to measure with")
+    measured = set(prompts[::_HELD_OUT])
     return (
-        [s for i, s in enumerate(samples) if i % _HELD_OUT],
-        [s for i, s in enumerate(samples) if i % _HELD_OUT == 0],
+        [s for s in samples if s.prompt.tobytes() not in measured],
+        [s for s in samples if s.prompt.tobytes() in measured],
     )
 
 
