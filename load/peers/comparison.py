@@ -124,6 +124,9 @@ class Comparison:
                     self._load(contestant, served, entry)
             except (LoadError, OSError, subprocess.SubprocessError) as error:
                 self._fail(entry, step, error)
+            except KeyboardInterrupt:
+                self._fail(entry, step, PeerFailed("interrupted"))
+                raise
 
     def _load(self, contestant: Contestant, served: Served, entry: Json) -> None:
         self._say(f"{contestant.name}: first token after {entry['first_token_s']:.1f} s")

@@ -257,6 +257,7 @@ def test_ctrl_c_keeps_what_there_is(tmp_path: Path) -> None:
     document = _compared(tmp_path, _null("signalbox-fake", OURS), interrupted, _null("later", PEER))
     assert [server["name"] for server in document["servers"]] == ["signalbox-fake", "peer"]
     assert len(document["servers"][0]["runs"]) == 3
+    assert document["servers"][1]["failure"] == {"step": "start", "reason": "interrupted", "log": []}
     assert verdict(document) == 130
 
 
