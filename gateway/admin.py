@@ -17,16 +17,15 @@ from typing import Annotated, Any, TypeVar
 from fastapi import APIRouter, Depends, Query, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
-from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.types import Message, Scope
 
 from gateway.admin_tokens import AdminTokens
 from gateway.db.database import Database
 from gateway.edge import header, read_body
-from gateway.generations import HistoryEntry, StoredGeneration
+from gateway.generations import MOST_ID, HistoryEntry, StoredGeneration
 from gateway.policy_register import Change, PolicyRegister
-from gateway.schemas import ErrorResponse
+from gateway.schemas import ADMIN, ErrorResponse
 from policies.document import FleetNames
 from policies.document_schema import schema
 from policies.yaml_text import MAX_BYTES
@@ -209,7 +208,6 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
     409: {"model": ErrorResponse, "description": "Somebody else is changing, or has changed, the policy."},
     422: {"model": ErrorResponse, "description": "A gateway cannot serve it. Nothing has changed."},
 }
-_DOCUMENTED = HTTPBearer(scheme_name="admin", description="An admin token, adm-...", auto_error=False)
 
 
 def create_router(admin: Callable[[], Admin]) -> APIRouter:
@@ -218,7 +216,7 @@ def create_router(admin: Callable[[], Admin]) -> APIRouter:
         prefix="/admin/v1/policies",
         tags=["policies"],
         route_class=_guarded(admin),
-        dependencies=[Security(_DOCUMENTED)],
+        dependencies=[Security(ADMIN)],
         responses=_REFUSALS,
     )
     _add_looking(router, admin)
@@ -294,7 +292,7 @@ def _add_looking(router: APIRouter, admin: Callable[[], Admin]) -> None:
 
     @router.get("/audit")
     async def audit(
-        limit: Annotated[int, Query(ge=1, le=1000)] = 50, before: Annotated[int | None, Query(ge=0)] = None
+        limit: Annotated[int, Query(ge=1, le=1000)] = 50, before: Annotated[int | None, Query(ge=0, le=MOST_ID)] = None
     ) -> AuditLog:
         """Every change that was made or tried, newest first; `before` continues at that id."""
         entries = await admin().run(lambda register: register.audit(limit, before))

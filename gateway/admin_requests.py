@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Security
 from pydantic import BaseModel, ConfigDict
 
 from gateway.admin_tokens import AdminTokens
 from gateway.edge import header
 from gateway.explain import EXPLAIN, UnknownRequest
 from gateway.mailbox import Mailbox
-from gateway.schemas import ErrorResponse
+from gateway.schemas import ADMIN, ErrorResponse
 
 _REFUSALS: dict[int | str, dict[str, Any]] = {
     401: {"model": ErrorResponse, "description": "No admin token, or a wrong or revoked one."},
@@ -29,7 +29,9 @@ class Explained(BaseModel):
 
 
 def create_router(tokens: Callable[[], AdminTokens], mailbox: Callable[[], Mailbox]) -> APIRouter:
-    router = APIRouter(prefix="/admin/v1/requests", tags=["requests"], responses=_REFUSALS)
+    router = APIRouter(
+        prefix="/admin/v1/requests", tags=["requests"], responses=_REFUSALS, dependencies=[Security(ADMIN)]
+    )
 
     @router.get("/{request_id:path}")
     async def explain(request_id: str, request: Request) -> Explained:

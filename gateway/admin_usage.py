@@ -8,7 +8,6 @@ from datetime import datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Security
-from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import Connection
 
@@ -17,7 +16,7 @@ from gateway.admin import Admin
 from gateway.edge import header
 from gateway.ledger.report import Question, Report, report
 from gateway.ledger.usage import Standing, Total
-from gateway.schemas import ErrorResponse
+from gateway.schemas import ADMIN, ErrorResponse
 from policies import budget
 from policies.budget import usd
 from policies.document import parse
@@ -27,7 +26,6 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorResponse, "description": "A parameter is wrong."},
     401: {"model": ErrorResponse, "description": "No admin token, or a wrong or revoked one."},
 }
-_DOCUMENTED = HTTPBearer(scheme_name="admin", description="An admin token, adm-...", auto_error=False)
 
 
 class _Closed(BaseModel):
@@ -90,9 +88,7 @@ def read_usage(connection: Connection, question: Question, now: float) -> Usage:
 
 
 def create_router(admin: Callable[[], Admin]) -> APIRouter:
-    router = APIRouter(
-        prefix="/admin/v1/usage", tags=["usage"], responses=_REFUSALS, dependencies=[Security(_DOCUMENTED)]
-    )
+    router = APIRouter(prefix="/admin/v1/usage", tags=["usage"], responses=_REFUSALS, dependencies=[Security(ADMIN)])
 
     @router.get("")
     async def usage(

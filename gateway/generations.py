@@ -28,6 +28,8 @@ LEASE_S = 3.0
 HEARTBEAT_S = 0.7
 _FORGET_GATEWAYS_S = 3600.0
 _MAX_DETAIL = 8000
+# The largest number of a generation or an audit row.
+MOST_ID = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +186,8 @@ def _switch(row: Row[Any]) -> Switch:
 def stored(connection: Connection, numbers: Iterable[int]) -> dict[int, StoredGeneration]:
     """The generations of those numbers; UnknownGeneration."""
     wanted = set(numbers)
-    rows = connection.execute(select(policy_generations).where(policy_generations.c.number.in_(wanted)))
+    storable = {number for number in wanted if abs(number) <= MOST_ID}  # a database would fail at the others
+    rows = connection.execute(select(policy_generations).where(policy_generations.c.number.in_(storable)))
     found = {row.number: StoredGeneration(**row._mapping) for row in rows}
     if missing := sorted(wanted - set(found)):
         raise UnknownGeneration(f"there is no policy generation {missing[0]}", param="generation")

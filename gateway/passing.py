@@ -7,6 +7,7 @@ of such a body only what this gateway itself must know is checked; the rest is t
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from replicas.protocol import InvalidRequest, Usage
 from replicas.upstream_messages import Assembled, UpstreamChunk, UpstreamRequest, UpstreamUsage
 
 _MAX_CHOICES = 128
+_MAX_NAME = 256
+_MAX_TOKENS = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +89,14 @@ class PassedRequest:
 def read(body: bytes, param: str) -> PassedRequest:
     """InvalidRequest naming the first of the fields that we need and cannot use. `param` holds the prompt."""
     try:
-        data = json.loads(body)
+        data = json.loads(body, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError):
         raise InvalidRequest("the request body is not valid JSON") from None
     if not isinstance(data, dict):
         raise InvalidRequest("the request body must be a JSON object")
-    if not isinstance(data.get("model"), str):
-        raise InvalidRequest("model: must be a string", param="model")
-    if not isinstance(data.get(param), str | list) or not data[param]:
-        raise InvalidRequest(f"{param}: must not be empty", param=param)
+    if not isinstance(data.get("model"), str) or len(data["model"]) > _MAX_NAME:
+        raise InvalidRequest(f"model: must be a string of at most {_MAX_NAME} characters", param="model")
+    _check_prompt(data, param)
     for name in ("stream", "n", "max_tokens", "max_completion_tokens"):
         _check_number(name, data.get(name))
     if type(ranks := data.get("priority", 0)) is not int or not 0 <= ranks <= MOST_LATER:
@@ -106,6 +108,37 @@ def read(body: bytes, param: str) -> PassedRequest:
     return PassedRequest(data)
 
 
+def _finite(text: str) -> float:
+    """JSON has no other numbers, and the body must be JSON again when it goes on."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(text)
+    return value
+
+
+def _check_prompt(data: Mapping[str, Any], param: str) -> None:
+    """What its tokens can be counted of. The other endpoint's field would send the body there."""
+    other = "prompt" if param == "messages" else "messages"
+    if other in data:
+        raise InvalidRequest(f"{other}: is not a field of this endpoint", param=other)
+    value = data.get(param)
+    if not value:
+        raise InvalidRequest(f"{param}: must not be empty", param=param)
+    if param == "messages":
+        if not _list_of(value, dict):
+            raise InvalidRequest("messages: must be a list of objects", param="messages")
+    elif not (isinstance(value, str) or _list_of(value, str) or _list_of(value, int) or _lists_of_ids(value)):
+        raise InvalidRequest("prompt: must be one or more texts, or one or more lists of token ids", param="prompt")
+
+
+def _list_of(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and set(map(type, value)) <= {kind}
+
+
+def _lists_of_ids(value: Any) -> bool:
+    return _list_of(value, list) and all(_list_of(ids, int) for ids in value)
+
+
 def _check_number(name: str, value: Any) -> None:
     if value is None:
         return
@@ -114,8 +147,8 @@ def _check_number(name: str, value: Any) -> None:
             raise InvalidRequest("stream: must be true or false", param="stream")
     elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InvalidRequest(f"{name}: must be a positive integer", param=name)
-    elif name == "n" and value > _MAX_CHOICES:
-        raise InvalidRequest(f"n: must not be more than {_MAX_CHOICES}", param="n")
+    elif value > (most := _MAX_CHOICES if name == "n" else _MAX_TOKENS):
+        raise InvalidRequest(f"{name}: must not be more than {most}", param=name)
 
 
 def usage_shown(usage: Usage) -> dict[str, Any]:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
+from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict
+
+# Only says in /openapi.json what the admin routes ask for; `admin_tokens` checks it.
+ADMIN = HTTPBearer(scheme_name="admin", description="An admin token, adm-...", auto_error=False)
 
 FinishReason = Literal["stop", "length"]
 

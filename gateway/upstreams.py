@@ -19,7 +19,7 @@ from gateway.billing import Meter, charge
 from gateway.config import GatewayConfig, Retries
 from gateway.jobs import Job
 from gateway.retrying import breaker_settings, later, may_retry, pause_s
-from policies.breaker import Breaker, BreakerState, outcome_of
+from policies.breaker import Breaker, BreakerState, Outcome, outcome_of
 from replicas.protocol import NoReplica, QueueFull, RouteDecision, SignalboxError, Unavailable, Usage
 from replicas.upstream import UpstreamCard, UpstreamConnection
 from replicas.upstream_errors import UpstreamFailed
@@ -90,7 +90,8 @@ class UpstreamModel:
         job.began(self._decision(job.generation), self.connection.upstream.origin)
         request = _traced(job, job.request)
         held: list[UpstreamChunk] = []
-        failed: BaseException | None = None
+        outcome = Outcome.SUCCESS
+        retry_after_s: float | None = None
 
         def settle(usage: Usage) -> None:
             meter.used = usage
@@ -108,16 +109,16 @@ class UpstreamModel:
             if held:
                 yield held
         except BaseException as error:
-            # some servers answer what is wrong with the request as if it were a fault of theirs
+            outcome = outcome_of(error)
+            # some servers answer what is wrong with the request as if it were a fault of theirs; it may be one
             if isinstance(error, UpstreamFailed) and request.doubt is not None:
-                error = request.doubt
-            failed = error
+                error, outcome = request.doubt, Outcome.NEUTRAL
             if isinstance(error, SignalboxError):
+                retry_after_s = error.retry_after_s
                 job.failed(error)
             raise error
         finally:
-            retry_after_s = failed.retry_after_s if isinstance(failed, SignalboxError) else None
-            self.breaker.record(permit, outcome_of(failed), time.monotonic(), self._rng, retry_after_s)
+            self.breaker.record(permit, outcome, time.monotonic(), self._rng, retry_after_s)
 
     def _decision(self, generation: int) -> RouteDecision:
         name = self.connection.address.replica_id

@@ -13,6 +13,8 @@ from pydantic import (
     WithJsonSchema,
 )
 
+from policies.budget import MOST_USD
+
 
 class Section(BaseModel):
     """A mapping of the document. Unknown keys and numbers in quotes are errors."""
@@ -44,6 +46,6 @@ Share = Annotated[
     ),
 ]
 Listed = Field(strict=False)  # of a tuple: YAML has lists; what is in it stays strict
-Dollars = Annotated[float, Field(ge=0)]
+Dollars = Annotated[float, Field(ge=0, le=float(MOST_USD))]
 Seconds = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1, le=2**53)]

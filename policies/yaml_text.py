@@ -265,6 +265,8 @@ def _message(problem: Any, model: type[BaseModel]) -> str:
     if problem["type"] == "literal_error" and isinstance(given, str):
         near = difflib.get_close_matches(given, re.findall("'([^']*)'", str(problem["ctx"]["expected"])), n=1)
         return f"{message}; did you mean {near[0]!r}?" if near else message
+    if problem["type"] == "tuple_type":
+        return "must be a list"
     if problem["type"] == "string_type" and isinstance(given, bool | int | float):
         return f"{message}; put quotes round it"
     return message

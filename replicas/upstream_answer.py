@@ -248,4 +248,5 @@ def _inner(value: Mapping[str, Any], outer: str, inner: str) -> Any:
 
 
 def _number(value: Any) -> int | None:
-    return value if type(value) is int and 0 <= value < 2**53 else None
+    """A number of tokens. One that no answer has is no figure: it would not fit on the books."""
+    return value if type(value) is int and 0 <= value < 2**31 else None

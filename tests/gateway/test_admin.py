@@ -151,6 +151,7 @@ async def test_a_document_goes_through_its_whole_life(running: Running) -> None:
         ("", [], 400, None, "body: "),
         ("/rollback", {}, 400, None, "nothing to roll back to"),
         ("/rollback", {"to": 9}, 404, "generation_not_found", "no policy generation 9"),
+        ("/rollback", {"to": 10**20}, 404, "generation_not_found", f"no policy generation {10**20}"),
         ("/canary/promote", {}, 400, None, "no canary"),
         ("/canary/cancel", {}, 400, None, "no canary"),
     ],
@@ -173,6 +174,13 @@ async def test_what_is_not_json_or_not_there_or_too_large_is_refused(running: Ru
     assert (await client.post(PREFIX, content=b"{")).json()["error"]["message"] == "the request body is not valid JSON"
     response = await client.post(PREFIX, content=b" " * (MAX_BODY_BYTES + 1))
     assert response.status_code == 413
+
+
+@pytest.mark.parametrize(
+    ("path", "status"), [(f"/{10**20}", 404), (f"/diff?from=0&to={10**20}", 404), (f"/audit?before={10**20}", 400)]
+)
+async def test_a_number_that_no_database_holds_is_refused(running: Running, path: str, status: int) -> None:
+    assert (await running.client.get(PREFIX + path)).status_code == status
 
 
 async def test_a_generation_that_a_gateway_refuses_is_422_and_names_gateway_and_reason(running: Running) -> None:

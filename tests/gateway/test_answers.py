@@ -198,6 +198,8 @@ def test_the_openapi_document_describes_the_raw_endpoints_too(module_gateway) ->
     with module_gateway.http() as http:
         document = http.get("/openapi.json").json()
     assert set(document["paths"]) >= {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics"}
+    admin = [one for path, ways in document["paths"].items() if path.startswith("/admin/") for one in ways.values()]
+    assert {str(one["security"]) for one in admin} == {"[{'admin': []}]"}
     post = document["paths"]["/v1/chat/completions"]["post"]
     assert post["requestBody"]["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/ChatRequest"}
     schema = document["components"]["schemas"]["ChatRequest"]

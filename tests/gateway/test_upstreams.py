@@ -152,6 +152,53 @@ def test_a_server_that_fails_at_what_is_wrong_with_a_request_is_not_held_for_ill
     assert post(gateway, "far").status_code == 200, "each was tried once, and the breaker is closed"
 
 
+def test_what_is_wrong_with_a_request_does_not_speak_for_a_server_that_fails(start: Start) -> None:
+    """It counted as an answer: with one wrong body in between, a server that was down was never left alone."""
+    gateway = start("retries: {breaker: {failures: 5, cooldown_s: 60}}", far="status:code=500")
+    for _ in range(4):
+        assert post(gateway, "far").status_code == 503  # two attempts each
+        assert post(gateway, "far", temperature="hot").status_code in (400, 503)
+    with gateway.http() as http:
+        assert http.get("/health").json()["ready_replicas"]["far"] == 0
+
+
+WRONG = {
+    "/v1/chat/completions": [
+        ('"messages": [1]', "messages.0"),
+        ('"messages": "hello"', "messages"),
+        ('"messages": [{"role": "user", "content": "a"}], "temperature": NaN', "temperature"),
+        ('"messages": [{"role": "user", "content": "a"}], "temperature": 1e999', "temperature"),
+        (f'"messages": [{{"role": "user", "content": "a"}}], "max_tokens": {10**30}', "max_tokens"),
+        ('"messages": [{"role": "user", "content": "a"}], "prompt": "b"', "prompt"),
+    ],
+    "/v1/completions": [
+        ('"prompt": [null]', "prompt.0"),
+        ('"prompt": [1.5]', "prompt.0"),
+        ('"prompt": [[1, 2], "a"]', "prompt.0"),
+        ('"prompt": "a", "messages": []', "messages"),
+    ],
+}
+
+
+@pytest.mark.parametrize(("path", "fields", "param"), [(p, *one) for p, cases in WRONG.items() for one in cases])
+def test_a_body_that_cannot_be_counted_or_sent_on_is_refused_by_name(
+    start: Start, mock: MockUpstream, path: str, fields: str, param: str
+) -> None:
+    """Each was a 500, or went to the other endpoint, because what an upstream may know was hardly looked at."""
+    gateway = start(far="normal")
+    with gateway.http() as http:
+        refused = http.post(path, content=f'{{"model": "far", {fields}}}')
+    error = refused.json()["error"]
+    assert (refused.status_code, error["param"].partition(".")[0]) == (400, param.partition(".")[0]), error
+    assert not mock.received
+
+
+def test_a_name_of_megabytes_is_not_kept(start: Start) -> None:
+    """Explanations keep what was told; a name that no model has was told, and kept, as a whole."""
+    gateway = start(far="normal")
+    assert len(post(gateway, "x" * 1_000_000).content) < 1000
+
+
 def test_an_upstream_that_dies_in_the_middle_ends_in_an_error_event(start: Start) -> None:
     gateway = start("fallbacks: {far: [fake]}", far="close:after=2")
     lines: list[str] = []
