@@ -25,6 +25,8 @@ class EngineConfig:
         "triton", "native" and "torch" ask for one (docs/gpu.md).
     step_graphs: "auto" replays decodes from CUDA graphs where device and attention allow it; "off" never does; "eager"
         goes through the same padding and bookkeeping on any device and records nothing: to find faults.
+    async_scheduling: lay out and launch a step while the one before it computes; None does where the device is another
+        than the host (CUDA) and nothing speculates. Steps after one with penalties wait for its tokens.
     block_size: tokens per KV block.
     num_blocks: KV blocks; None sizes the pool from memory.
     kv_memory_gib: memory for the KV pool when num_blocks is None; None takes `memory_fraction` of what is really free
@@ -55,6 +57,7 @@ class EngineConfig:
     kv_cache_dtype: str = "auto"
     attention: str = "auto"
     step_graphs: str = "auto"
+    async_scheduling: bool | None = None
     block_size: int = 16
     num_blocks: int | None = None
     kv_memory_gib: float | None = None

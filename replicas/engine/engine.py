@@ -14,7 +14,7 @@ import random
 import time
 from collections.abc import Sequence as Seq
 from dataclasses import replace
-from itertools import islice, zip_longest
+from itertools import zip_longest
 
 import torch
 
@@ -23,6 +23,7 @@ from replicas.engine.blocks import BlockPool
 from replicas.engine.config import EngineConfig
 from replicas.engine.deadlines import too_late
 from replicas.engine.detokenizer import Detokenizer
+from replicas.engine.flight import Flight, choose_async, needs_history
 from replicas.engine.graphs import GraphRunner, choose_graphs
 from replicas.engine.host_cache import build_host_cache, staging_bytes
 from replicas.engine.layout import Layout
@@ -104,6 +105,9 @@ class Engine:
         self._layout = Layout(config.max_num_seqs, self.max_model_len, config.block_size, loaded.device)
         self._groups: dict[str, Group] = {}
         self._texts: dict[Sequence, Detokenizer] = {}
+        self._async = choose_async(config, loaded.device)
+        self._flight: Flight | None = None
+        self._landed_at = 0.0
         self._meter = Meter()
         self._steps = self._prompt_tokens = self._generation_tokens = 0
         self._speculation = speculation or build_speculation(config, loaded, self.max_model_len)
@@ -173,27 +177,38 @@ class Engine:
     # ---------------------------------------------------------------- the loop
 
     def step(self) -> list[Chunk]:
-        """Schedule, compute, sample, commit. A fault ends the step's requests, not the engine."""
+        """Schedule, compute, sample, commit. A fault ends the step's requests, not the engine.
+
+        Where the engine runs ahead (`EngineConfig.async_scheduling`), what is committed is the step before the one that
+        is begun, so that the device has work while the host waits for tokens and tells of them.
+        """
         started = time.perf_counter()
-        late = self._end_late(self.scheduler.take_late())
+        flight = self._flight
+        chunks = self._land() if flight is not None and flight.waits else []
+        chunks += self._end_late(self.scheduler.take_late())
+        if self._flight is not None:
+            self._flight.assume(self._texts.__contains__, self.max_model_len)
         self._speculation.propose(self.scheduler.running, self.scheduler.tokens_at_hand())
         step = self.scheduler.schedule()
-        late += self._end_late([seq.request_id for seq in step.hopeless])
+        chunks += self._end_late([seq.request_id for seq in step.hopeless])
         if not step.items:
-            assert not self._groups, "requests are waiting, nothing runs, and the scheduler found no step"
-            return late
+            assert self._flight or not self._groups, "requests wait, nothing runs, and the scheduler found no step"
+            return chunks + self._land()
         try:
-            sampled = self._compute(step)
+            before, self._flight = self._flight, self._launch(step, started)
         except Exception:
             logger.exception("step of %d sequences failed", len(step.items))
-            return late + self._fail(step)
-        chunks = late + self._commit(step, sampled, started)
-        self._steps += 1
-        seconds = time.perf_counter() - started
-        self._speculation.record(seconds, sum(count for _, count in step.items))
-        self._measure(seconds, step)
-        self.scheduler.record(seconds, step)
+            return chunks + self._land() + self._fail(step)
+        if before is not None:
+            chunks += self._commit(before)
+        if not self._runs_ahead:
+            chunks += self._land()
         return chunks
+
+    @property
+    def _runs_ahead(self) -> bool:
+        # Drafts are guessed from tokens: whoever speculates has to know the last ones.
+        return self._async and not self._speculation.active
 
     def _measure(self, seconds: float, step: Step) -> None:
         copying = self.host_cache.settle() if self.host_cache else 0.0
@@ -202,31 +217,52 @@ class Engine:
             self.host_cache.store.rule.prefill_rate = self._meter.prefill_rate
 
     @torch.inference_mode()
-    def _compute(self, step: Step) -> list[Sampled]:
+    def _launch(self, step: Step, started: float) -> Flight:
+        """Begin a step: when this returns, its sequences stand as if what was known of them were computed."""
         for seq in step.preempted:
             self._layout.release(seq)
             self._speculation.forget(seq)
         if self.host_cache:
             self.host_cache.move(step.offloads, step.fetches)
         self._copy_blocks(step.copies)
-        batch = self._layout(step.items)
+        batch = self._layout(step.items, self._flight.drawn.tokens if self._flight else None)
         logits, hidden = self._forward(batch) if self._graphs is None else self._graphs(batch)
         rows = [row for seq, count in step.items for row in sampled_rows(seq, count)]
         self._speculation.computed(rows, hidden)
-        return self._sampler(logits, rows) if rows else []
-
-    def _commit(self, step: Step, sampled: list[Sampled], started: float) -> list[Chunk]:
-        chunks: list[Chunk] = []
-        results = iter(sampled)
-        for seq, count in step.items:
+        drawn = self._sampler.draw(logits, rows)
+        wanted = [seq.logits_wanted(count) for seq, count in step.items]
+        for (seq, count), sampled in zip(step.items, wanted, strict=True):
+            group = self._groups[seq.request_id]
             if seq.num_output == 0:
-                self._groups[seq.request_id].phases.scheduled(started)
-            wanted = seq.logits_wanted(count)
+                group.phases.scheduled(started)
             known = min(count, seq.num_tokens - seq.num_computed)
             seq.num_computed += known
             seq.queued_tokens = max(seq.queued_tokens - known, 0)
-            if wanted:
-                chunks.append(self._append(seq, list(islice(results, wanted))))
+            if sampled and group.unforked:
+                self.scheduler.fork(group, seq)
+        return Flight(step, drawn, wanted, started, waits=any(map(needs_history, rows)))
+
+    def _land(self) -> list[Chunk]:
+        """Wait for the step in flight, if there is one."""
+        flight, self._flight = self._flight, None
+        return [] if flight is None else self._commit(flight)
+
+    def _commit(self, flight: Flight) -> list[Chunk]:
+        """What a step brought, for those who are still here."""
+        try:
+            results = flight.results()
+        except Exception:  # a device tells of a failure when it is asked for results
+            logger.exception("step of %d sequences failed", len(flight.step.items))
+            return self._fail(flight.step)
+        chunks = [self._append(seq, sampled) for seq, sampled in results if seq in self._texts]
+        if self._flight is not None and not self._flight.alive(self._texts.__contains__):
+            self._flight = None
+        now = time.perf_counter()
+        seconds, self._landed_at = now - max(flight.started, self._landed_at), now
+        self._steps += 1
+        self._speculation.record(seconds, flight.num_rows)
+        self._measure(seconds, flight.step)
+        self.scheduler.record(seconds, flight.step)
         return chunks
 
     def _append(self, seq: Sequence, sampled: list[Sampled]) -> Chunk:
@@ -235,14 +271,12 @@ class Engine:
         sampled[i] was drawn as if the drafts before it were tokens: it counts as long as they are.
         """
         group = self._groups[seq.request_id]
-        if group.unforked:
-            self.scheduler.fork(group, seq)
         drafts, seq.drafts = seq.drafts, []
         assert len(sampled) == len(drafts) + 1, f"{len(sampled)} rows were sampled for {len(drafts)} drafts"
         text, accepted = "", 0
         logprobs: tuple[TokenLogprob, ...] = ()
         for drawn, draft in zip_longest(sampled, drafts):
-            seq.tokens.append(drawn.token_id)
+            seq.learn(drawn.token_id)
             text += self._advance(seq, drawn.token_id)
             logprobs += self._logprobs(drawn)
             if seq.finish_reason is not None or drawn.token_id != draft:
@@ -316,10 +350,10 @@ class Engine:
         return [Chunk(request_id=request_id, error=too_late()) for request_id in request_ids]
 
     def _fail(self, step: Step) -> list[Chunk]:
-        """End every request of a failed step. Blocks it was to fill may hold anything: forget the whole cache."""
-        failed = dict.fromkeys(seq.request_id for seq, _ in step.items)
-        for request_id in failed:
-            self.abort(request_id)
+        """End every request of a failed step. Blocks it was to fill may hold anything: forget the whole cache, and what
+        a step after it computed from them."""
+        self._flight = None
+        failed = [id for id in dict.fromkeys(seq.request_id for seq, _ in step.items) if self.abort(id)]
         for seq in (*self.scheduler.waiting, *self.scheduler.running):
             # Forks and preempted sequences may share what the failed step left half-written.
             self.pool.release(seq.forget_blocks())

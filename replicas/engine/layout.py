@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from replicas.engine.batch import StepBatch
-from replicas.engine.host_memory import to_device
 from replicas.engine.sequence import Sequence
+from replicas.engine.staging import staged
 
 
 class Layout:
@@ -33,8 +34,11 @@ class Layout:
     def rows_in_use(self) -> int:
         return len(self.table) - len(self._free_rows)
 
-    def __call__(self, items: Seq[tuple[Sequence, int]]) -> StepBatch:
-        """items: (sequence, number of its tokens and drafts to compute), block lists already long enough."""
+    def __call__(self, items: Seq[tuple[Sequence, int]], drawn: Tensor | None = None) -> StepBatch:
+        """items: (sequence, number of its tokens and drafts to compute), block lists already long enough.
+
+        drawn: int64 [R], where the device holds the tokens that are `pending`.
+        """
         counts = np.fromiter((count for _, count in items), dtype=np.int64, count=len(items))
         computed = np.fromiter((seq.num_computed for seq, _ in items), dtype=np.int64, count=len(items))
         rows = np.fromiter((self._row(seq) for seq, _ in items), dtype=np.int64, count=len(items))
@@ -52,13 +56,13 @@ class Layout:
         slots += positions % self.block_size
         wanted = np.fromiter((seq.logits_wanted(n) for seq, n in items), dtype=np.int64, count=len(items))
         return StepBatch(
-            token_ids=self._tensor(np.array(token_ids, dtype=np.int64)),
-            positions=self._tensor(positions),
-            slot_mapping=self._tensor(slots),
-            query_start=self._tensor(np.concatenate(([0], ends)).astype(np.int32)),
-            context_lens=self._tensor(lens.astype(np.int32)),
-            block_tables=self._tensor(table),
-            logits_rows=self._tensor(np.flatnonzero(np.arange(total) >= np.repeat(ends - wanted, counts))),
+            token_ids=self._with_pending(self._staged(np.array(token_ids, dtype=np.int64)), items, lens, ends, drawn),
+            positions=self._staged(positions),
+            slot_mapping=self._staged(slots),
+            query_start=self._staged(np.concatenate(([0], ends)).astype(np.int32)),
+            context_lens=self._staged(lens.astype(np.int32)),
+            block_tables=self._staged(table),
+            logits_rows=self._staged(np.flatnonzero(np.arange(total) >= np.repeat(ends - wanted, counts))),
             max_query_len=int(counts.max()),
             max_context_len=int(lens.max()),
         )
@@ -71,5 +75,25 @@ class Layout:
             seq.dirty_from = len(seq.blocks)
         return seq.row
 
-    def _tensor(self, values: NDArray[Any]) -> torch.Tensor:
-        return to_device(torch.from_numpy(values), self.device)
+    def _with_pending(
+        self,
+        token_ids: Tensor,
+        items: Seq[tuple[Sequence, int]],
+        lens: NDArray[np.int64],
+        ends: NDArray[np.int64],
+        drawn: Tensor | None,
+    ) -> Tensor:
+        if drawn is None:
+            return token_ids
+        places = [
+            (int(end) - 1, seq.pending)
+            for (seq, _), length, end in zip(items, lens, ends, strict=True)
+            if seq.pending >= 0 and length == seq.num_tokens
+        ]
+        if places:
+            at, rows = self._staged(np.array(places, dtype=np.int64).T).unbind()
+            token_ids.index_copy_(0, at, drawn.index_select(0, rows))
+        return token_ids
+
+    def _staged(self, values: NDArray[Any]) -> Tensor:
+        return staged(values, self.device)

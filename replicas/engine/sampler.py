@@ -10,18 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from replicas.engine.sequence import AfterDrafts, Sequence
-
-Row: TypeAlias = Sequence | AfterDrafts
+from replicas.engine.sequence import Row
+from replicas.engine.staging import Returned, staged
 
 _MASK = (1 << 64) - 1
 # Dividing logits by less would overflow float32; the likeliest token has all the mass long before.
 _GREEDY_BELOW = 1e-5
+_SORTED_FIRST = 1024
+_SORTED_WHOLE = 1 << 22  # logits in all: 32 rows of 128k
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,30 @@ class Sampled:
     token_id: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A step's tokens on their way to the host. tokens: int64 [R] on the device.
+
+    returned: them and, where somebody wants them, own [W] and top [W, K] logprobs and the ids of those [W, K];
+    wanted: (row, how many of the K) of each of the W.
+    """
+
+    tokens: Tensor
+    returned: Returned
+    wanted: list[tuple[int, int]]
+
+    def read(self) -> list[Sampled]:
+        """One for each row, once they are there."""
+        tokens, *more = self.returned.lists()
+        sampled = [Sampled(token) for token in tokens]
+        if more:
+            own, values, ids = more
+            for at, (row, count) in enumerate(self.wanted):
+                top = tuple(zip(ids[at][:count], values[at][:count], strict=True))
+                sampled[row] = Sampled(tokens[row], own[at], top)
+        return sampled
 
 
 def uniform(seed: int, index: int, position: int) -> float:
@@ -73,38 +97,29 @@ class Sampler:
 
     def __call__(self, logits: Tensor, rows: Seq[Row]) -> list[Sampled]:
         """logits: float32 [R, V], row i for the next token of rows[i]; it may be overwritten. Returns R results."""
-        raw = self._raw_logprobs(logits, rows)
+        return self.draw(logits, rows).read()
+
+    def draw(self, logits: Tensor, rows: Seq[Row]) -> Drawn:
+        """The same, without waiting for the device."""
+        device = logits.device
+        wanted = [(i, seq.sampling.logprobs) for i, seq in enumerate(rows) if seq.sampling.logprobs is not None]
+        asked = staged([i for i, _ in wanted], device) if wanted else None
+        raw = None if asked is None else torch.log_softmax(logits[asked].float(), dim=-1)
         logits = self._apply_edits(logits, rows)
         chosen = _argmax(logits)
         drawn = [i for i, seq in enumerate(rows) if seq.sampling.temperature >= _GREEDY_BELOW]
         if drawn:
-            picked = logits if len(drawn) == len(rows) else logits[drawn]
+            places = staged(drawn, device)
+            picked = logits if len(drawn) == len(rows) else logits[places]
             lots = [rows[i] for i in drawn]
-            chosen[drawn] = self._draw(picked, lots)
+            chosen[places] = self._draw(picked, lots)
             if self._typical is not None:
                 self._let_guesses_stand(self._typical, chosen, drawn, picked, lots)
-        tokens: list[int] = chosen.tolist()
-        return self._with_logprobs(tokens, raw, rows)
-
-    # ---------------------------------------------------------------- logprobs
-
-    def _raw_logprobs(self, logits: Tensor, rows: Seq[Row]) -> tuple[list[int], Tensor] | None:
-        wanted = [i for i, seq in enumerate(rows) if seq.sampling.logprobs is not None]
-        return (wanted, torch.log_softmax(logits[wanted].float(), dim=-1)) if wanted else None
-
-    def _with_logprobs(self, tokens: list[int], raw: tuple[list[int], Tensor] | None, rows: Seq[Row]) -> list[Sampled]:
-        sampled = [Sampled(token) for token in tokens]
-        if raw is None:
-            return sampled
-        wanted, logprobs = raw
-        most = max(rows[i].sampling.logprobs or 0 for i in wanted)
-        values, ids = (t.tolist() for t in logprobs.topk(most, dim=-1)) if most else ([()] * len(wanted),) * 2
-        own = logprobs[range(len(wanted)), [tokens[i] for i in wanted]].tolist()
-        for at, i in enumerate(wanted):
-            count = rows[i].sampling.logprobs or 0
-            top = tuple(zip(ids[at][:count], values[at][:count], strict=True))
-            sampled[i] = Sampled(tokens[i], own[at], top)
-        return sampled
+        if asked is None or raw is None:
+            return Drawn(chosen, Returned(chosen), [])
+        own = raw.gather(1, chosen[asked].unsqueeze(1)).squeeze(1)
+        values, ids = raw.topk(max(count for _, count in wanted), dim=-1)
+        return Drawn(chosen, Returned(chosen, own, values, ids), wanted)
 
     # ---------------------------------------------------------------- edits of the logits
 
@@ -121,15 +136,15 @@ class Sampler:
             if params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty:
                 penalised.append(i)
         if edited:
-            at = tuple(torch.tensor(x, device=logits.device) for x in zip(*((r, t) for r, t, _ in edited), strict=True))
-            bias = torch.tensor([b for _, _, b in edited], dtype=logits.dtype, device=logits.device)
-            logits = logits.index_put(at, bias, accumulate=True)
+            where = tuple(staged([(r, t) for r, t, _ in edited], logits.device).unbind(dim=1))
+            bias = staged([b for _, _, b in edited], logits.device, logits.dtype)
+            logits = logits.index_put(where, bias, accumulate=True)
         if banned:
-            at = tuple(torch.tensor(x, device=logits.device) for x in zip(*banned, strict=True))
-            logits = logits.index_put(at, torch.tensor(float("-inf"), device=logits.device))
+            where = tuple(staged(banned, logits.device).unbind(dim=1))
+            logits = logits.index_put(where, logits.new_full((), float("-inf")))
         if penalised:
-            logits = logits.clone()
-            logits[penalised] = self._penalise(logits[penalised], [rows[i] for i in penalised])
+            at = staged(penalised, logits.device)
+            logits = logits.index_copy(0, at, self._penalise(logits[at], [rows[i] for i in penalised]))
         return logits
 
     def _penalise(self, logits: Tensor, rows: Seq[Row]) -> Tensor:
@@ -140,13 +155,13 @@ class Sampler:
             table = torch.zeros(logits.shape, device=logits.device)
             at = [(i, token) for i, tokens in enumerate(token_lists) for token in tokens]
             if at:
-                where = torch.tensor(at, device=logits.device).unbind(dim=1)
+                where = staged(at, logits.device).unbind(dim=1)
                 table.index_put_(where, torch.ones(len(at), device=logits.device), accumulate=True)
             return table
 
         def column(name: str) -> Tensor:
             values = [getattr(seq.sampling, name) for seq in rows]
-            return torch.tensor(values, dtype=logits.dtype, device=logits.device).unsqueeze(1)
+            return staged(values, logits.device, logits.dtype).unsqueeze(1)
 
         seen = counts([seq.tokens for seq in rows]) > 0
         penalty = column("repetition_penalty")
@@ -160,31 +175,32 @@ class Sampler:
         device = logits.device
 
         def column(values: list[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=device).unsqueeze(1)
+            return staged(values, device, torch.float32).unsqueeze(1)
 
         logits = logits / column([seq.sampling.temperature for seq in rows])
-        u = torch.tensor(
-            [uniform(seq.seed, seq.index, seq.num_output) for seq in rows], dtype=torch.float64, device=device
-        ).unsqueeze(1)
+        lots = [uniform(seq.seed, seq.index, seq.num_output) for seq in rows]
+        u = staged(lots, device, torch.float64).unsqueeze(1)
         if any(seq.sampling.min_p > 0 for seq in rows):
             # p < min_p * p_max, in logits: log p - log p_max = logit - max logit. log 0 = -inf keeps everything.
             floor = logits.amax(dim=-1, keepdim=True) + column([seq.sampling.min_p for seq in rows]).log()
             logits = logits.masked_fill(logits < floor, float("-inf"))
         vocab = logits.shape[-1]
-        top_k = torch.tensor([min(seq.sampling.top_k or vocab, vocab) for seq in rows], device=device).unsqueeze(1)
-        top_p = torch.tensor([seq.sampling.top_p for seq in rows], dtype=torch.float64, device=device).unsqueeze(1)
+        most = [min(seq.sampling.top_k or vocab, vocab) for seq in rows]
+        top_k = staged(most, device).unsqueeze(1)
+        top_p = staged([seq.sampling.top_p for seq in rows], device, torch.float64).unsqueeze(1)
         # Each row takes the path that its own settings choose: a neighbour must not change what a seed draws.
         # Which, is asked of the settings and not of the tensors: a device would have to be waited for.
         limited = [i for i, seq in enumerate(rows) if 0 < seq.sampling.top_k < vocab or seq.sampling.top_p < 1]
         if not limited:
             return self._draw_whole(logits, u)
+        width, certain = _width(vocab, [most[i] for i in limited], device)
         if len(limited) == len(rows):
-            return self._draw_limited(logits, top_k, top_p, u)
-        part = torch.tensor(limited, device=device)
-        rest = torch.tensor(sorted(set(range(len(rows))) - set(limited)), device=device)
+            return self._draw_limited(logits, top_k, top_p, u, width, certain)
+        part = staged(limited, device)
+        rest = staged(sorted(set(range(len(rows))) - set(limited)), device)
         chosen = torch.empty(len(rows), dtype=torch.int64, device=device)
         chosen[rest] = self._draw_whole(logits[rest], u[rest])
-        chosen[part] = self._draw_limited(logits[part], top_k[part], top_p[part], u[part])
+        chosen[part] = self._draw_limited(logits[part], top_k[part], top_p[part], u[part], width, certain)
         return chosen
 
     def _let_guesses_stand(
@@ -201,14 +217,15 @@ class Sampler:
     def _draw_whole(self, logits: Tensor, u: Tensor) -> Tensor:
         return self._invert(torch.softmax(logits, dim=-1, dtype=torch.float64), u)
 
-    def _draw_limited(self, logits: Tensor, top_k: Tensor, top_p: Tensor, u: Tensor, width: int = 1024) -> Tensor:
+    def _draw_limited(
+        self, logits: Tensor, top_k: Tensor, top_p: Tensor, u: Tensor, width: int, certain: bool
+    ) -> Tensor:
         """Draw from the top_k likeliest tokens, of those from the smallest set whose mass reaches top_p.
 
         Both are prefixes of the sorted row. Sorting 50,000 logits costs as much as a layer, so only the first `width`
-        are put in order; rows that turn out to need more are done again, sorted whole.
+        are put in order; rows that turn out to need more are done again, sorted whole. certain: none can need more.
         """
         vocab = logits.shape[-1]
-        width = min(width, vocab)
         values, ids = logits.topk(width, dim=-1)
         values = values.double().masked_fill(torch.arange(width, device=logits.device) >= top_k, float("-inf"))
         whole = torch.logsumexp(logits.double(), dim=-1, keepdim=True)
@@ -219,9 +236,9 @@ class Sampler:
         # Drop a token when the mass before it has reached top_p already; the first always stays.
         probs = probs.masked_fill((mass - probs >= top_p) & (top_p < 1), 0.0)
         chosen: Tensor = ids.gather(1, self._invert(probs, u).unsqueeze(1)).squeeze(1)
-        if not enough.all():
+        if not certain and not enough.all():
             rest = ~enough
-            chosen[rest] = self._draw_limited(logits[rest], top_k[rest], top_p[rest], u[rest], width=vocab)
+            chosen[rest] = self._draw_limited(logits[rest], top_k[rest], top_p[rest], u[rest], vocab, True)
         return chosen
 
     @staticmethod
@@ -229,3 +246,16 @@ class Sampler:
         """The first index whose cumulative mass exceeds u times the total: never one of probability 0."""
         mass = probs.cumsum(dim=-1)
         return torch.searchsorted(mass, u * mass[:, -1:], right=True).squeeze(1).clamp_(max=probs.shape[-1] - 1)
+
+
+def _width(vocab: int, most: list[int], device: torch.device) -> tuple[int, bool]:
+    """How many of each row's likeliest tokens to put in order, and whether they are certainly enough.
+
+    most: each row's top_k. Whether a nucleus fits into the first 1,024 only the device can say, and asking it means to
+    wait for it, so there a few rows are rather sorted whole.
+    """
+    few = min(_SORTED_FIRST, vocab)
+    if max(most) <= few:
+        return few, True
+    whole = device.type != "cpu" and len(most) * vocab <= _SORTED_WHOLE
+    return (vocab, True) if whole else (few, few == vocab)

@@ -300,7 +300,7 @@ class Scheduler:
             self.waiting.charge(seq.account, OUTPUT_WEIGHT, now)  # computing one's last token brings the next
         if seq.num_computed + 1 < seq.num_tokens:
             step.num_prefill_tokens += count
-        self._store_full_blocks(seq, min(seq.num_computed + count, seq.num_tokens))
+        self._store_full_blocks(seq, min(seq.num_computed + count, seq.num_known))
 
     def _store_full_blocks(self, seq: Sequence, num_known: int) -> None:
         """Offer blocks to the cache as soon as a step that fills them is scheduled.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from replicas.engine.phases import Phases
 from replicas.engine.waiting import Account
@@ -18,6 +19,7 @@ class Sequence:
     dirty_from: first index of `blocks` that the engine has not copied into its block table yet; row: its row there.
     account: what is charged for it, and whose turn it takes; all choices of a request have one.
     drafts: guesses at the tokens that follow, for the target to check in the next step; never more than a step old.
+    pending: the last of `tokens` is still on the device, in this row of what the step in flight draws; -1: it is known.
     """
 
     request_id: str
@@ -38,6 +40,7 @@ class Sequence:
     queued_tokens: int = 0
     account: Account = field(default_factory=Account)
     drafts: list[int] = field(default_factory=list)
+    pending: int = -1
     finish_reason: FinishReason | None = None
 
     @property
@@ -49,8 +52,24 @@ class Sequence:
         return len(self.tokens) - self.num_prompt
 
     @property
+    def num_known(self) -> int:
+        """Tokens whose ids the host has."""
+        return len(self.tokens) - (self.pending >= 0)
+
+    @property
     def output(self) -> list[int]:
         return self.tokens[self.num_prompt :]
+
+    def ends_after(self, tokens: int, max_model_len: int) -> bool:
+        """Whether so many more are its last, whatever they are."""
+        return self.num_output + tokens >= self.sampling.max_tokens or self.num_tokens + tokens >= max_model_len
+
+    def learn(self, token: int) -> None:
+        """Its next token, or the one that was pending."""
+        if self.pending >= 0:
+            self.tokens[-1], self.pending = token, -1
+        else:
+            self.tokens.append(token)
 
     @property
     def guess(self) -> int | None:
@@ -70,7 +89,7 @@ class Sequence:
         """Hash the blocks that have become full; returns the whole chain."""
         hashes, tokens = self.hashes, self.tokens
         parent = hashes[-1] if hashes else self.root
-        for start in range(len(hashes) * block_size, len(tokens) - block_size + 1, block_size):
+        for start in range(len(hashes) * block_size, self.num_known - block_size + 1, block_size):
             parent = block_hash(parent, tokens[start : start + block_size])
             hashes.append(parent)
         return hashes
@@ -120,7 +139,11 @@ class AfterDrafts:
         return drafts[self._depth] if self._depth < len(drafts) else None
 
 
-def sampled_rows(sequence: Sequence, count: int) -> list[Sequence | AfterDrafts]:
+# Who a row of logits is for.
+Row: TypeAlias = Sequence | AfterDrafts
+
+
+def sampled_rows(sequence: Sequence, count: int) -> list[Row]:
     """Whom the logits that a step of `count` tokens brings are for, in their order."""
     wanted = sequence.logits_wanted(count)
     return [AfterDrafts(sequence, depth) if depth else sequence for depth in range(wanted)]

@@ -54,6 +54,11 @@ class Speculation:
         self._hidden: Tensor | None = None
 
     @property
+    def active(self) -> bool:
+        """Whether anybody guesses."""
+        return bool(self._sources)
+
+    @property
     def num_accepted_tokens(self) -> int:
         return sum(self.accepted_per_position)
 
