@@ -57,6 +57,7 @@ MODES: dict[str, dict[str, Any]] = {
     "chunked": {"max_num_batched_tokens": 7},
     "graphs": {"step_graphs": "eager"},
     "preempting": {"num_blocks": 32},
+    "ahead": {"async_scheduling": True},
     "drafts": {"method": "draft_model"},
     "n-gram": {"method": "ngram"},
     "hydra": {"method": "hydra"},
