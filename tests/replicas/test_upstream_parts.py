@@ -262,7 +262,8 @@ def test_a_running_count_of_usage_is_read_to_its_end() -> None:
 
 @pytest.mark.parametrize(
     "usage",
-    [{"prompt_tokens": 1, "completion_tokens": 2**53 - 1}, {}, {"prompt_tokens": -1, "completion_tokens": 1}, {"prompt_tokens": True, "completion_tokens": 1},
+    [{"prompt_tokens": 1, "completion_tokens": 2**53 - 1},
+     {}, {"prompt_tokens": -1, "completion_tokens": 1}, {"prompt_tokens": True, "completion_tokens": 1},
      {"prompt_tokens": 1e30, "completion_tokens": 1}, None, [1]],
 )  # fmt: skip
 def test_usage_that_makes_no_sense_is_counted_instead(usage: Any) -> None:
