@@ -65,15 +65,12 @@ CATALOGUE: Mapping[str, Bundled] = {
 }
 
 
-RELEASE = Path(__file__).with_name("release")  # what was made for catalogue models and comes with the package
-
-
 def pull(source: str, progress: Progress | None = None) -> Path:
     """Fetch what `source` names unless it is there; returns where the engine finds it.
 
-    source: a catalogue name, that of something in RELEASE, a Hugging Face id, or a folder or .gguf file, which is left
-    as it is. `progress` gets a task; by default a bar is shown on stderr. ConfigError: unknown name, or content that
-    fails its sha256. Unavailable: no index or hub can be reached now; what has arrived is kept.
+    source: a catalogue name, a Hugging Face id, or a folder or .gguf file, which is left as it is. `progress` gets a
+    task; by default a bar is shown on stderr. ConfigError: unknown name, or content that fails its sha256.
+    Unavailable: no index or hub can be reached now; what has arrived is kept.
     """
     found = present(source)
     if found is not None:
@@ -92,8 +89,6 @@ def present(source: str) -> Path | None:
     if source in CATALOGUE:
         folder = models_dir() / source
         return folder if _is_whole(folder, CATALOGUE[source]) else None
-    if source in {folder.name for folder in RELEASE.glob("*") if folder.is_dir()}:
-        return RELEASE / source
     path = Path(source).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path.resolve()

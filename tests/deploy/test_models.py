@@ -169,14 +169,6 @@ def quiet() -> Progress:
     return Progress(disable=True)
 
 
-def test_what_comes_with_the_package_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "tiny-heads").mkdir()
-    monkeypatch.setattr(models, "RELEASE", tmp_path)
-    assert models.resolve("tiny-heads") == tmp_path / "tiny-heads"
-    with pytest.raises(ConfigError, match="unknown model 'tiny-tails'"):
-        models.resolve("tiny-tails")
-
-
 def test_a_replica_is_told_where_what_it_guesses_with_lies_on_its_machine() -> None:
     def resolve(name: str) -> str:
         if name == "nowhere":
