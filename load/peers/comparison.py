@@ -149,7 +149,7 @@ class Comparison:
         self._say(f"{entry['name']}: FAILED to {step}: {reason.splitlines()[0]}")
 
     def _say(self, line: str) -> None:
-        self.console.print(line, highlight=False, markup=False)
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def document(self) -> Json:
         found = results.document("peers", {"seconds": self.setting.seconds, "model": self.setting.model.name}, [])

@@ -18,7 +18,9 @@ from typer.testing import CliRunner
 from deploy.load_cli import app
 from load import environments, results
 from load.environments import CannotInstall, Environment, interpreter, is_complete
+from load.execute import Collected
 from load.own_instance import free_port
+from load.peers import comparison
 from load.peers.comparison import Comparison, Setting, verdict
 from load.peers.contestants import CONTESTANTS, OURS, PEER, PEERS, Contestant, Stage, chosen
 from load.peers.rows import ADDED, START, flaws_of, rows
@@ -259,6 +261,16 @@ def test_ctrl_c_keeps_what_there_is(tmp_path: Path) -> None:
     assert len(document["servers"][0]["runs"]) == 3
     assert document["servers"][1]["failure"] == {"step": "start", "reason": "interrupted", "log": []}
     assert verdict(document) == 130
+
+
+def test_ctrl_c_under_load_ends_the_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run takes Ctrl-C as its end and returns: nobody else may have a turn all the same."""
+    stopped = Collected(stopped="interrupted", interrupted=True)
+    monkeypatch.setattr(comparison, "execute", lambda plan, update: stopped)
+    document = _compared(tmp_path, _null("signalbox-fake", OURS), _null("later", PEER))
+    (server,) = document["servers"]
+    assert server["failure"] == {"step": "load", "reason": "interrupted", "log": []}
+    assert document["interrupted"]
 
 
 def test_a_comparison_goes_on_where_another_ended(tmp_path: Path) -> None:
