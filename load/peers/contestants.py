@@ -160,6 +160,8 @@ def _llama_cpp(stage: Stage, port: int) -> Start:
 def _transformers(stage: Stage, port: int) -> Start:
     command = [str(stage.python.with_name("transformers")), "serve", str(exported(stage.model))]
     command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"]
+    # without it, it answers one request at a time; left to choose, its cache takes most of the machine's memory
+    command += ["--continuous-batching", "--cb-block-size", "32", "--cb-num-blocks", str(16 * _CONTEXT // 32)]
     return Start(command, model=str(exported(stage.model)), ends_with_done=False)
 
 
