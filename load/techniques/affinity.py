@@ -67,7 +67,7 @@ def _sessions(number: int, block: int = 16) -> list[TraceRequest]:
 
 def measure(trace: Path | None, turns: int, quick: bool, say: Callable[[str], None]) -> Json:
     """The row. LoadError where the fleet does not come up or does not answer."""
-    requests, origin = traffic(trace, 60 if quick else 1500)
+    requests, origin = traffic(trace, 60 if quick else 700)
     found = []
     with Instance(FLEET) as instance:
         key, token = instance.key("techniques"), instance.admin_token()

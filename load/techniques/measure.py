@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -75,7 +76,7 @@ def _kept(options: Options) -> dict[str, Json]:
 
 def _row(technique: Technique, options: Options, console: Console) -> Json:
     console.print(f"{technique.title} …", highlight=False)
-    started = time.perf_counter()
+    started, busy = time.perf_counter(), os.getloadavg()[0]
 
     def say(text: str) -> None:
         console.print(f"  {text}", highlight=False, markup=False)
@@ -92,8 +93,13 @@ def _row(technique: Technique, options: Options, console: Console) -> Json:
     except LoadError as error:
         say(f"failed: {error}")
         return {"row": technique.name, "failed": str(error)}
-    made = datetime.now(UTC).isoformat(timespec="seconds")
-    return {**found, "row": technique.name, "seconds": round(time.perf_counter() - started, 1), "made": made}
+    return {
+        **found,
+        "row": technique.name,
+        "seconds": round(time.perf_counter() - started, 1),
+        "load_before": round(busy, 2),
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
 
 
 def _engine_row(name: str, options: Options) -> Json:
@@ -104,9 +110,18 @@ def _engine_row(name: str, options: Options) -> Json:
     for option, path in (("--trace", options.azure), ("--text", options.text)):
         command += [option, str(path)] if path else []
     command += ["--quick"] if options.quick else []
-    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise LoadError(f"the engine's worker ended with {done.returncode}; its words are above")
+    last = ""
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as worker:
+        assert worker.stderr is not None, "opened with a pipe"
+        try:
+            for line in worker.stderr:
+                sys.stderr.write(line)
+                last = line.strip() or last
+        except BaseException:
+            worker.kill()
+            raise
+    if worker.returncode:
+        raise LoadError(f"the engine's worker ended with {worker.returncode}: {last}")
     found = results.read_json(out)
     out.unlink()
     return found

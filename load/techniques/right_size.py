@@ -73,7 +73,8 @@ class Table:
 def read_table(scores: Path, prices: Path) -> Table:
     """The best model at each price, by mean score on the part to train on. Raises BadOption."""
     try:
-        found = [json.loads(line) for line in scores.read_text(encoding="utf-8").splitlines() if line.strip()]
+        # not splitlines: prompts hold separators that JSON may have in a string
+        found = [json.loads(line) for line in scores.read_text(encoding="utf-8").split("\n") if line.strip()]
         rows = [Asked(str(row["prompt"]), {name: float(one) for name, one in row["scores"].items()}) for row in found]
         told = json.loads(prices.read_text(encoding="utf-8"))
         models = rows[0].scores
@@ -116,7 +117,7 @@ def fleet(prices: Mapping[str, tuple[float, float]]) -> str:
 
 def measure(scores: Path | None, prices: Path | None, turns: int, quick: bool, say: Callable[[str], None]) -> Json:
     """The row. LoadError where the fleet does not come up or does not answer."""
-    each = 8 if quick else 150
+    each = 8 if quick else 60
     table = read_table(scores, prices) if scores and prices else built_in(each * turns)
     with Instance(fleet(table.prices)) as instance:
         right_size = _trained(instance, table) if scores else "{cost_weight: 0.5}"

@@ -11,22 +11,25 @@ from rich.table import Table
 
 from load.report import pairs, shell, side_by_side
 from load.svg import Axis, Line, chart
-from load.techniques.catalogue import BY_NAME
+from load.techniques.catalogue import BY_NAME, NOT_BUILT, TECHNIQUES
 from load.techniques.figures import broken, change, cost, first_token, latency, priced, quality, ratio_words, throughput
 from load.units import LoadError, show_time
 
 Json = dict[str, Any]
 BEGIN = "<!-- techniques: written by `python -m load.techniques --show --readme`, do not edit -->"
 END = "<!-- end of techniques -->"
+BUSY = 1.5  # load average above that of the rows themselves, which use every core
 COLUMNS = ("technique", "traffic", "tokens/s", "TTFT", "ITL", "USD per million tokens", "quality", "published")
 
 
 def lines(document: Json) -> Iterator[tuple[str, ...]]:
     """The cells of COLUMNS, a line for every kind of traffic; a row's quality and promise on its first line only."""
-    for row in document["rows"]:
-        technique = BY_NAME[row["row"]]
-        if row.get("not_built"):
-            yield technique.title, "not built", "-", "-", "-", "-", "-", technique.published
+    rows = {row["row"]: row for row in document["rows"]}
+    for technique in TECHNIQUES:
+        row = rows.get(technique.name, {})
+        if "cases" not in row and "failed" not in row:
+            why = "not built" if technique.kind == NOT_BUILT else "not measured"
+            yield technique.title, why, "-", "-", "-", "-", "-", technique.published
         elif "failed" in row:
             yield technique.title, "failed", "-", "-", "-", "-", row["failed"].splitlines()[0], technique.published
         else:
@@ -42,12 +45,18 @@ def caption(document: Json) -> str:
     """What the figures were measured on, and how they are to be read."""
     machine, inputs = document["machine"], document["inputs"]
     seconds = sum(row.get("seconds", 0.0) for row in document["rows"])
+    load = max((row.get("load_before", 0.0) for row in document["rows"]), default=0.0)
+    busy = (
+        f" OTHER PROGRAMS WERE RUNNING (load average up to {load:.0f}): absolute figures are far too low, ratios rough."
+        if load > machine["cores"] + BUSY
+        else ""
+    )
     quick = " Quick sizes: these figures only show that everything runs." if inputs["quick"] else ""
     return (
         f"{inputs['model']} on {machine['cores']} cores of {machine['processor']}. Off → on: medians of "
         f"{inputs['turns']} turns each (off, on, off, on, …), the median ratio of the turns and its range. Latencies "
         f"as docs/load.md defines them. USD: {document['usd_per_hour']:g} an hour for this machine, over its output "
-        f"tokens; of right-size by the price list, over all tokens.{quick} Measured in {seconds / 60:.0f} minutes."
+        f"tokens; of right-size by the price list, over all tokens. Took {seconds / 60:.0f} minutes.{busy}{quick}"
     )
 
 

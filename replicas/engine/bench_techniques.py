@@ -38,8 +38,8 @@ from replicas.protocol import ConfigError, SignalboxError
 
 Json = dict[str, Any]
 INT4 = "int4"
-CALIBRATION_SHARE, CALIBRATION_WINDOWS, GROUP = 0.2, 8, 32
-PERPLEXITY_TOKENS, PERPLEXITY_WINDOW = 4096, 512
+CALIBRATION_SHARE, CALIBRATION_WINDOWS = 0.2, 8
+PERPLEXITY_TOKENS, PERPLEXITY_WINDOW = 2048, 512
 
 
 def bench(name: str, inputs: Inputs) -> Json:
@@ -160,18 +160,19 @@ def _text_tokens(engine: Engine, text: Path) -> tuple[list[int], list[int]]:
 
 def int4_row(inputs: Inputs) -> Row:
     """The model rounded to 4 bits; what is made is kept in `work`, and found there by the next run."""
-    settings = Settings(method="awq" if inputs.text else "rtn", group_size=GROUP, samples=CALIBRATION_WINDOWS)
+    group = inputs.size(64, 32)
+    settings = Settings(method="awq" if inputs.text else "rtn", group_size=group, samples=CALIBRATION_WINDOWS)
     inputs.work.mkdir(parents=True, exist_ok=True)
-    permuted, out = inputs.work / "permuted", inputs.work / f"{settings.method}-int4-g{GROUP}"
+    permuted, out = inputs.work / "permuted", inputs.work / f"{settings.method}-int4-g{group}"
     if not permuted.exists():
         permute(inputs.model, permuted)
     if not out.exists():
         calibration = _text_tokens(_engine(Side("", {}), inputs), inputs.text)[0] if inputs.text else None
         quantize(permuted, out, settings, calibration=calibration, progress=_progress)
-    made = f"signalbox quantize MODEL --method {settings.method} --bits 4 --group-size {GROUP} --out DIR"
+    made = f"signalbox quantize MODEL --method {settings.method} --bits 4 --group-size {group} --out DIR"
     if inputs.text:
         made += f" --samples {CALIBRATION_WINDOWS} --calibration TEXT"
-    on = Side(f"{settings.method} in 4 bits, groups of {GROUP}", {"quantization": "auto"}, model=out, made=made)
+    on = Side(f"{settings.method} in 4 bits, groups of {group}", {"quantization": "auto"}, model=out, made=made)
     kept = weights_row(inputs, on)
     return replace(kept, on=replace(on, settings={**kept.off.settings, "quantization": "auto"}))
 

@@ -107,7 +107,7 @@ def output_lengths(inputs: Inputs, number: int, seed: int) -> tuple[list[int], s
 
 
 def _batching(inputs: Inputs, slots: int) -> Case:
-    number, prompt = inputs.size(256, 12), 12
+    number, prompt = inputs.size(96, 12), 12
     _, origin = output_lengths(inputs, number, 0)
 
     def run(engine: Engine, on: bool, seed: int) -> Timings:
@@ -139,7 +139,7 @@ def chat(engine: Engine, seed: int, prefix_tokens: int, groups: int, turns: int,
 
 
 def _shared_prefix(inputs: Inputs, slots: int) -> Case:
-    sessions, turns, answer = inputs.size(12, 3), inputs.size(3, 2), inputs.size(24, 4)
+    sessions, turns, answer = inputs.size(9, 3), inputs.size(2, 2), inputs.size(16, 4)
     groups, prefix = 3, inputs.size(400, 40)
 
     def run(engine: Engine, on: bool, seed: int) -> Timings:
@@ -150,8 +150,8 @@ def _shared_prefix(inputs: Inputs, slots: int) -> Case:
 
 
 def _long_prompts(inputs: Inputs) -> Case:
-    chats, answer = 4, inputs.size(240, 12)
-    long, prompt, every_s = inputs.size(4, 2), inputs.size(1024, 100), inputs.size(20, 1) / 10
+    chats, answer = 4, inputs.size(96, 12)
+    long, prompt, every_s = 2, inputs.size(1024, 100), inputs.size(20, 1) / 10
 
     def run(engine: Engine, on: bool, seed: int) -> Timings:
         rng = random.Random(seed)
@@ -169,7 +169,7 @@ def _long_prompts(inputs: Inputs) -> Case:
 
 
 def _texts(inputs: Inputs, kind: str) -> Case:
-    answer, prompts = inputs.size(96, 6), KINDS[kind][: inputs.size(4, 1)]
+    answer, prompts = inputs.size(64, 6), KINDS[kind][: inputs.size(2, 1)]
 
     def run(engine: Engine, on: bool, seed: int) -> Timings:
         limit = engine.max_model_len - answer
@@ -180,7 +180,7 @@ def _texts(inputs: Inputs, kind: str) -> Case:
 
 
 def _plain(inputs: Inputs, number: int, slots: int) -> Case:
-    prompt, answer = inputs.size(128, 16), inputs.size(64, 4)
+    prompt, answer = inputs.size(128, 16), inputs.size(48, 4)
 
     def run(engine: Engine, on: bool, seed: int) -> Timings:
         rng = random.Random(seed)
@@ -192,7 +192,7 @@ def _plain(inputs: Inputs, number: int, slots: int) -> Case:
 
 
 def _everything(inputs: Inputs, slots: int) -> Case:
-    sessions, turns, groups, prefix = inputs.size(16, 3), 2, 4, inputs.size(400, 40)
+    sessions, turns, groups, prefix = inputs.size(12, 3), 2, 3, inputs.size(400, 40)
     _, origin = output_lengths(inputs, sessions, 0)
 
     def run(engine: Engine, on: bool, seed: int) -> Timings:
@@ -237,7 +237,7 @@ def _speculation_row(inputs: Inputs) -> Row:
 def weights_row(inputs: Inputs, on: Side) -> Row:
     """Float32 weights against others."""
     off = Side("float32 weights", {"quantization": "none", **_PLAIN})
-    cases = (_plain(inputs, inputs.size(16, 2), inputs.size(8, 2)), _plain(inputs, inputs.size(2, 1), 1))
+    cases = (_plain(inputs, inputs.size(8, 2), inputs.size(8, 2)), _plain(inputs, 1, 1))
     return Row(off, on, cases, lossless=False)
 
 

@@ -127,11 +127,30 @@ def test_a_readme_without_marks_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "README.md").read_text() == f"{show.END} {show.BEGIN}"
 
 
+def test_the_readme_of_the_repository_has_the_table_of_its_file(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    (tmp_path / "README.md").write_text((root / "README.md").read_text())
+    show.into(tmp_path / "README.md", measure.read(root / "docs" / "techniques.json"))
+    assert (tmp_path / "README.md").read_text() == (root / "README.md").read_text()
+
+
+def test_a_machine_that_others_used_is_told() -> None:
+    assert "OTHER PROGRAMS" not in show.caption(document(row(load_before=2.4)))
+    assert "OTHER PROGRAMS WERE RUNNING (load average up to 9)" in show.caption(document(row(load_before=9.1), row()))
+
+
 def test_every_kind_of_traffic_has_a_line_and_quality_stands_once() -> None:
     cases = [{"workload": name, "turns": [turn(1, 2)]} for name in ("code", "chat")]
     lines = list(show.lines(document(row("speculation", cases=cases))))
-    assert [(cells[0], cells[1]) for cells in lines] == [("speculation", "code"), ("", "chat")]
+    lines = [cells for cells in lines if cells[1] in ("code", "chat")]
+    assert [cells[0] for cells in lines] == ["speculation", ""]
     assert [bool(cells[-2]) for cells in lines] == [True, False]
+
+
+def test_what_was_not_measured_has_its_line_too() -> None:
+    lines = {cells[0]: cells[1] for cells in show.lines(document(row()))}
+    assert len(lines) == len(TECHNIQUES)
+    assert (lines["INT8 weights"], lines["disaggregated prefill"]) == ("not measured", "not built")
 
 
 def test_the_page_is_self_contained_and_escapes_what_it_shows() -> None:
@@ -264,9 +283,9 @@ def test_a_file_of_another_command_is_refused(tmp_path: Path, capsys: pytest.Cap
 
 def test_an_engines_worker_that_fails_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(command(tmp_path, "--only", "int8")) == 3
-    told = capfd.readouterr()
-    assert "worker ended with 1" in told.out
-    assert str(tmp_path / "model") in told.err
+    assert str(tmp_path / "model") in capfd.readouterr().err
+    [failed] = [one for one in measure.read(tmp_path / "out" / "techniques.json")["rows"] if "failed" in one]
+    assert re.search(r"worker ended with 1: error: .*model", failed["failed"])
 
 
 # ------------------------------------------------------------------------------------------------------- fleet's rows
@@ -346,7 +365,7 @@ def write_table(folder: Path, count: int = 200) -> tuple[Path, Path]:
             sums = number % 2 == 0
             prompt = f"What is {number} + {number}?" if sums else f"Write a poem about the colour of river {number}."
             marks = {"cheap": 1.0 if sums else 0.0, "dear": 1.0, "worse": 0.5}
-            file.write(json.dumps({"prompt": prompt, "scores": marks}) + "\n")
+            file.write(json.dumps({"prompt": f"{prompt}\u2028", "scores": marks}, ensure_ascii=False) + "\n")
     costs = {name: {"input_price": price, "output_price": price} for name, price in PRICES.items()}
     prices.write_text(json.dumps(costs))
     return scores, prices
