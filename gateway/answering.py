@@ -150,7 +150,14 @@ class Answering:
 
         Raises what the last one raised when none does.
         """
-        selection = await self._downgraded(asked, await self._select(asked, safety_scale))
+        chosen = await self._select(asked, safety_scale)
+        selection = await self._downgraded(asked, chosen)
+        if selection is not chosen:
+            try:
+                return await self._first(asked, selection, selection.models)
+            except ContextLengthExceeded:
+                # of a model that nobody asked for: a long prompt is no reason to refuse who is near a budget
+                selection, asked.record.downgraded_from = chosen, None
         if selection.cascade is None:
             return await self._first(asked, selection, selection.models)
         unsure: list[Chunk] = []
@@ -239,7 +246,7 @@ class Answering:
         if session.began in names:
             self._sessions.goes_on(session, group.keep_s)
         elif opened.model.name in names and asked.record.downgraded_from is None:
-            await self._sessions.begin(session, opened.model.name, group.keep_s)
+            await self._sessions.begin(session, opened.model.name, group.keep_s, asked.until)
 
     async def _downgraded(self, asked: Asked, selection: Selection) -> Selection:
         """A caller who is near a budget's cap is answered by the model that the budget names, if it says so."""
@@ -313,6 +320,8 @@ class Answering:
         stream: AnyChunks,
     ) -> Opened:
         asked.laps.lap("first_chunk")
+        if model.name == asked.record.downgraded_from:  # what its budget prefers could not answer
+            asked.record.downgraded_from = None
         metrics = self._metrics.models[model.name]
         step.ttft_s = max(job.first_at or 0.0 for job in step.jobs) - asked.laps.began
         metrics.time_to_first_token.observe(step.ttft_s)

@@ -5,7 +5,7 @@ of the user, hashed with a key together with its tenant and its group, so no tex
 Two of one tenant that open alike count as one. Read once a turn, before the model is chosen; written when a
 conversation begins, before anything of its answer is sent; that it goes on is noted with others, soon after.
 
-A database that fails costs nobody an answer: the model is then chosen as if the conversation began.
+A database that fails or is slow costs nobody an answer: the model is then chosen as if the conversation began.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from gateway.db.database import Database
 logger = logging.getLogger(__name__)
 
 _TOGETHER_S = 0.5
+# An answer is kept waiting for the database no longer than this.
+_PATIENCE_S = 2.0
 # Conversations that this gateway begins between two looks for what is past its time.
 _PRUNE_EVERY = 256
 
@@ -53,25 +55,38 @@ class Sessions:
         self._begun = 0
         self._going_on: dict[str, float] = {}
         self._noting: asyncio.Task[None] | None = None
+        self._beginning: set[asyncio.Task[None]] = set()
 
     async def aclose(self) -> None:
         if self._noting is not None:
             self._noting.cancel()
             await asyncio.gather(self._noting, return_exceptions=True)
+        await asyncio.gather(*self._beginning)
         await self._note()
 
     async def find(self, tenant: str, group: str, messages: Sequence[Any]) -> Session:
         """The conversation that these messages belong to."""
         id = self._id(tenant, group, messages)
         try:
-            began = await self._database.read(lambda connection: _model(connection, id, self._clock()))
-        except SQLAlchemyError as error:
+            look = self._database.read(lambda connection: _model(connection, id, self._clock()))
+            began = await asyncio.wait_for(look, _PATIENCE_S)
+        except (SQLAlchemyError, TimeoutError) as error:
             logger.warning("conversations cannot be looked up: %s", type(error).__name__)
             began = None
         return Session(id=id, began=began)
 
-    async def begin(self, session: Session, model: str, keep_s: float) -> None:
-        """It is answered by that model from now on, unless another gateway has begun it meanwhile."""
+    async def begin(self, session: Session, model: str, keep_s: float, until: float | None = None) -> None:
+        """It is answered by that model from now on, unless another gateway has begun it meanwhile.
+
+        until: the answer's deadline, by the loop's clock; the database may be told after it.
+        """
+        beginning = asyncio.create_task(self._begin(session, model, keep_s), name="begin-conversation")
+        self._beginning.add(beginning)
+        beginning.add_done_callback(self._beginning.discard)
+        left_s = _PATIENCE_S if until is None else until - asyncio.get_running_loop().time()
+        await asyncio.wait({beginning}, timeout=max(0.0, min(_PATIENCE_S, left_s)))
+
+    async def _begin(self, session: Session, model: str, keep_s: float) -> None:
         prune = self._begun % _PRUNE_EVERY == 0
         self._begun += 1
 

@@ -263,6 +263,29 @@ def test_near_its_budget_a_caller_is_answered_by_the_cheaper_model_and_told(star
     assert told["downgraded_from"] == "fake"
 
 
+def test_a_caller_near_its_budget_is_not_refused_for_what_the_cheaper_model_cannot_hold(
+    start_gateway: StartGateway,
+) -> None:
+    """It was 400 context_length_exceeded, of a model that the caller had not asked for."""
+    gateway = start_gateway(replicas=[], models=MODELS)
+    gateway.add(name="fake-0", model="fake")
+    gateway.add(FakeSettings(max_model_len=64), name="cheap-0", model="cheap")
+    gateway.wait_ready(2)
+    with gateway.register() as register:
+        policy = "budgets: [{key: test, tokens: 300, window: day, downgrade: {at: 5%, to: cheap}}]"
+        register.publish(policy, author="test")
+    with gateway.http() as http:
+        first, short, long = [http.post("/v1/completions", json={**BODY, "prompt": [7] * n}) for n in (20, 20, 90)]
+        assert [one.json()["model"] for one in (first, short, long)] == ["fake", "cheap", "fake"]
+        assert [one.headers.get("x-signalbox-downgraded-from") for one in (short, long)] == ["fake", None]
+        [cheap] = [one for one in gateway.replicas if one.server.address.model == "cheap"]
+        gateway.remove(cheap)
+        gateway.wait_ready(1)
+        without = http.post("/v1/completions", json=BODY)
+    cheap.server.stop()
+    assert (without.json()["model"], without.headers.get("x-signalbox-downgraded-from")) == ("fake", None)
+
+
 def test_a_soft_threshold_is_told_once(start: Start) -> None:
     """In the log and at a webhook, when it is passed and never again in that window."""
     heard: list[dict[str, Any]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -204,3 +205,30 @@ async def test_a_database_that_fails_costs_nobody_an_answer(
     one.goes_on(await one.find("team", "auto", HELLO), 900)
     await one.aclose()
     assert await began(one, "a") is None
+
+
+async def test_a_database_that_is_slow_keeps_no_answer_waiting_and_is_told_all_the_same(
+    sessions: tuple[Sessions, Sessions, Clock], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A locked database held answers back for as long as it was locked, past the callers' own time limits."""
+    one, other, _ = sessions
+    unlocked, write = asyncio.Event(), one._database.write
+
+    async def slow(change: Callable[[Any], Any]) -> Any:
+        await unlocked.wait()
+        return await write(change)
+
+    with monkeypatch.context() as locked:
+        locked.setattr("gateway.sessions._PATIENCE_S", 0.01)
+        locked.setattr(one._database, "write", slow)
+        await begin(one, "a", "large")
+        locked.setattr("gateway.sessions._PATIENCE_S", 60.0)
+        late = asyncio.get_running_loop().time()
+        await one.begin(await one.find("team", "auto", HELLO), "large", 900, late)
+        locked.setattr("gateway.sessions._PATIENCE_S", 0.01)
+        locked.setattr(one._database, "read", lambda _: unlocked.wait())
+        assert await began(one, "a") is None
+        unlocked.set()
+        await one.aclose()
+    monkeypatch.setattr("gateway.sessions._PATIENCE_S", 10.0)
+    assert await began(other, "a") == "large"
