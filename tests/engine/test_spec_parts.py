@@ -127,6 +127,14 @@ def test_cost_never_falls_and_a_busy_machine_does_not_change_its_shape() -> None
     assert cost.scale == pytest.approx(0.06, rel=0.05)
 
 
+def test_rows_past_what_a_busy_machine_had_time_to_measure_are_not_thought_free() -> None:
+    """8 rows measured faster than 4 made every further row free, and sixteen sequences guessed themselves slower."""
+    cost = StepCost()
+    cost.calibrate({1: 0.056, 2: 0.099, 4: 0.113, 8: 0.066})
+    sixteen, thirty_two = cost.relative(16, 16)[[0, 16]]
+    assert thirty_two > 1.8 * sixteen
+
+
 def test_cost_learns_that_more_rows_are_dearer_than_thought() -> None:
     cost = StepCost()
     for _ in range(600):

@@ -26,14 +26,20 @@ class StepCost:
         self.scale = 0.0  # seconds of a step of one row
 
     def calibrate(self, seconds: dict[int, float]) -> None:
-        """`seconds` by rows, at least for one row; sizes that were not measured are interpolated."""
+        """`seconds` by rows, at least for one row; sizes that were not measured are interpolated.
+
+        Past the largest a row costs what one of the last stretch did; if there was no time for all of PROBED, at least
+        what its rows cost on average: the last stretch of a busy machine says little, and dear guesses are worse than none.
+        """
         rows = sorted(seconds)
         times = np.maximum.accumulate([seconds[r] for r in rows])
         self.scale = float(times[0])
         known = np.array(rows, dtype=float)
         self._shape = np.interp(_KNOTS, known, times / self.scale)
-        if len(rows) > 1:  # past the last one the cost a row of the last stretch
+        if len(rows) > 1:
             slope = (times[-1] - times[-2]) / (known[-1] - known[-2]) / self.scale
+            if rows[-1] < PROBED[-1]:
+                slope = max(slope, times[-1] / known[-1] / self.scale)
             beyond = _KNOTS > known[-1]
             self._shape[beyond] = times[-1] / self.scale + slope * (_KNOTS[beyond] - known[-1])
 
