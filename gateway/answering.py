@@ -268,7 +268,7 @@ class Answering:
         if asked.unsupported is not None:
             name = next(name for name in names if name in upstreams)
         if name in upstreams:
-            return [upstreams[name].prompt_tokens(self._passed(asked).body)]
+            return [await upstreams[name].prompt_tokens(self._passed(asked).body, len(asked.body))]
         model = await self._fleet.model(self._fleet.served(name), asked.rules.retries[name].wait_s)
         return list(map(len, await asked.kind.encode(asked.request, model, asked.key.tenant)))
 
@@ -341,7 +341,7 @@ class Answering:
     ) -> tuple[Step, AnyChunks, Model | UpstreamModel]:
         upstream = self._fleet.upstreams.get(name)
         if upstream is not None:
-            job = self._passed_job(asked, upstream, role, whole=whole)
+            job = await self._passed_job(asked, upstream, role, whole=whole)
             return self._begun(asked, name, role, [job]), upstream.generate(job, retries), upstream
         model = await self._fleet.model(self._fleet.served(name), retries.wait_s)
         jobs = await self._plan(asked, model, role, whole=whole)
@@ -386,7 +386,7 @@ class Answering:
         request = asked.request
         return request if isinstance(request, PassedRequest) else passing.read(asked.body, asked.kind.param)
 
-    def _passed_job(self, asked: Asked, upstream: UpstreamModel, role: str, *, whole: bool) -> Job:
+    async def _passed_job(self, asked: Asked, upstream: UpstreamModel, role: str, *, whole: bool) -> Job:
         """The whole body as one job, however many prompts it has."""
         body = dict(self._passed(asked).body)
         self._priority(
@@ -398,7 +398,7 @@ class Answering:
         request = UpstreamRequest(
             request_id=f"{asked.kind.id_prefix}-{secrets.token_hex(12)}",
             body=body,
-            prompt_tokens=upstream.prompt_tokens(body),
+            prompt_tokens=await upstream.prompt_tokens(body, len(asked.body)),
             unary=not asked.request.stream,
             traceparent=asked.caller_trace[0],
             tracestate=asked.caller_trace[1],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,9 @@ import pytest
 from gateway.config import Retries, ServedModel
 from gateway.db.database import open_engine, reading
 from gateway.ledger.usage import totals
+from gateway.upstreams import UpstreamModel
 from replicas.mock_upstream import MockUpstream
+from replicas.upstream import UpstreamConnection
 from replicas.upstream_config import Upstream, UpstreamTimeouts
 from tests.gateway.conftest import Gateway, StartGateway
 from tests.gateway.upstream import mock
@@ -197,6 +200,21 @@ def test_a_name_of_megabytes_is_not_kept(start: Start) -> None:
     """Explanations keep what was told; a name that no model has was told, and kept, as a whole."""
     gateway = start(far="normal")
     assert len(post(gateway, "x" * 1_000_000).content) < 1000
+
+
+async def test_a_long_prompt_is_counted_beside_the_event_loop() -> None:
+    """Four megabytes held every other answer of the gateway up for half a second, each time they were counted."""
+    threads: list[int] = []
+
+    def count(text: str) -> int:
+        threads.append(threading.get_ident())
+        return len(text)
+
+    connection = await UpstreamConnection.connect(Upstream(name="far", base_url="http://far/v1"), count=count)
+    for size in (10, 1_000_000):
+        assert await UpstreamModel(connection).prompt_tokens({"prompt": "a" * size}, size) == size
+    await connection.aclose()
+    assert [thread == threading.get_ident() for thread in threads] == [True, False]
 
 
 def test_an_upstream_that_dies_in_the_middle_ends_in_an_error_event(start: Start) -> None:
