@@ -160,8 +160,6 @@ def _llama_cpp(stage: Stage, port: int) -> Start:
 def _transformers(stage: Stage, port: int) -> Start:
     command = [str(stage.python.with_name("transformers")), "serve", str(exported(stage.model))]
     command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"]
-    # without it, it answers one request at a time; left to choose, its cache takes most of the machine's memory
-    command += ["--continuous-batching", "--cb-block-size", "32", "--cb-num-blocks", str(16 * _CONTEXT // 32)]
     return Start(command, model=str(exported(stage.model)), ends_with_done=False)
 
 
@@ -220,7 +218,7 @@ CONTESTANTS: Mapping[str, Contestant] = {
             packages=("transformers", "torch"),
             weights="float32",
             environment=TRANSFORMERS,
-            note="its streams never say [DONE]: an answer counts as whole with its finish_reason",
+            note="one request at a time; its streams never say [DONE]: an answer is whole with its finish_reason",
         ),
         Contestant(
             name="mock", kind=GATEWAY, role=YARDSTICK, serve=_mock, note="both gateways' upstream, asked directly"
