@@ -29,7 +29,7 @@ class StepCost:
         """`seconds` by rows, at least for one row; sizes that were not measured are interpolated.
 
         Past the largest a row costs what one of the last stretch did; if there was no time for all of PROBED, at least
-        what its rows cost on average: the last stretch of a busy machine says little, and dear guesses are worse than none.
+        what its rows cost on average: a busy machine's last stretch says little.
         """
         rows = sorted(seconds)
         times = np.maximum.accumulate([seconds[r] for r in rows])
