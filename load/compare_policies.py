@@ -20,7 +20,7 @@ import json
 import secrets
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from rich.table import Table
 from load.execute import Collected, execute
 from load.http1 import Origin, parse_url
 from load.live_client import Admin, Client, Published, credential, publish
-from load.live_order import OURS, Figures, Verdict, judge
+from load.live_order import OURS, Figures, Verdict, judge, mean
 from load.live_trace import SaltedTrace, segment
 from load.plan import Plan, Replayed, Target
 from load.stats import percentile
@@ -46,13 +46,13 @@ _STALL_S = 1.0  # a generator that stood still for longer has not offered the lo
 
 @dataclass(frozen=True, slots=True)
 class Simulated:
-    """What `signalbox policy simulate --json` wrote, of one load."""
+    """What `signalbox policy simulate --json` wrote, of one load. runs: figures, one for each file, that is seed."""
 
     saturation_rate: float
     requests: int
     replicas: int
     load: float
-    figures: tuple[Figures, ...]
+    runs: tuple[tuple[Figures, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,18 +81,27 @@ class Row:
     stall_s: float
 
 
-def read_simulated(path: Path, load: float) -> Simulated:
-    """The rows of that load. Raises BadOption."""
+def read_simulated(paths: Sequence[Path], load: float) -> Simulated:
+    """The rows of that load in all files, which must be of the same fleet and trace. Raises BadOption."""
+    read = [_read_one(path, load) for path in paths]
+    first = read[0]
+    for path, one in zip(paths, read, strict=True):
+        if (one.requests, one.replicas) != (first.requests, first.replicas):
+            raise BadOption(f"--simulated {path} simulates another fleet or trace than {paths[0]}")
+    return replace(first, runs=tuple(run for one in read for run in one.runs))
+
+
+def _read_one(path: Path, load: float) -> Simulated:
     try:
         found = json.loads(path.read_text())
         rows = [row for row in found["rows"] if abs(row["load"] - load) < 1e-9]
         figures = tuple(Figures(row["policy"], float(row["ttft_p95_s"]), float(row["hit_rate"])) for row in rows)
-        read = Simulated(float(found["saturation_rate"]), int(found["requests"]), int(found["replicas"]), load, figures)
+        rate, requests, replicas = float(found["saturation_rate"]), int(found["requests"]), int(found["replicas"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadOption(f"--simulated {path} is not what `signalbox policy simulate --json` writes: {error}") from None
     if not figures:
         raise BadOption(f"--simulated {path} has no rows at a load of {load:g}: simulate with --load {load:g}")
-    return read
+    return Simulated(rate, requests, replicas, load, (figures,))
 
 
 # ------------------------------------------------------------------------------------------------------------ one run
@@ -179,8 +188,9 @@ def show(rows: Sequence[Row], simulated: Simulated | None, verdict: Verdict, con
         if row.errors:
             console.print(f"{row.policy}: {row.errors} failed, the first: {row.first_error}", markup=False)
     if simulated is not None:
-        table = Table("policy", "TTFT p95 s", "hit rate", title=f"simulated, {simulated.requests} requests")
-        for one in simulated.figures:
+        seeds = f", mean of {len(simulated.runs)} seeds" if len(simulated.runs) > 1 else ""
+        table = Table("policy", "TTFT p95 s", "hit rate", title=f"simulated, {simulated.requests} requests{seeds}")
+        for one in mean(simulated.runs):
             table.add_row(one.policy, f"{one.ttft_p95_s:.3f}", f"{one.hit_rate:.4f}")
         console.print(table)
     _show_verdict(verdict, console)
@@ -227,7 +237,13 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="large", help="whose replicas are compared (default: large)")
     parser.add_argument("--minutes", type=float, default=5.0, help="for all policies together (default 5)")
     parser.add_argument("--policy", action="append", choices=POLICIES, help="repeatable; all of them by default")
-    parser.add_argument("--simulated", type=Path, metavar="FILE", help="from `signalbox policy simulate --json FILE`")
+    parser.add_argument(
+        "--simulated",
+        type=Path,
+        metavar="FILE",
+        action="append",
+        help="from `signalbox policy simulate --json FILE`; repeatable, one for each --seed",
+    )
     parser.add_argument("--load", type=float, default=0.8, help="share of round_robin's saturation rate (default 0.8)")
     parser.add_argument("--rate", type=float, help="requests a second, instead of a share of the simulator's")
     parser.add_argument("--length-scale", type=int, default=32, help="divide the trace's lengths by this (default 32)")
@@ -290,17 +306,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    verdict = judge([Figures(row.policy, row.ttft_p95_s, row.hit_rate) for row in rows], _figures(simulated))
+    live = [Figures(row.policy, row.ttft_p95_s, row.hit_rate) for row in rows]
+    verdict = judge(live, *(simulated.runs if simulated else ()))
     show(rows, simulated, verdict, console)
     if chosen.json:
         load = chosen.load if simulated and not chosen.rate else None
         chosen.json.write_text(json.dumps(as_json(rows, simulated, verdict, load), indent=2) + "\n")
     failed = any(row.errors for row in rows)
     return 1 if failed or (chosen.check and not verdict.agrees) else 0
-
-
-def _figures(simulated: Simulated | None) -> tuple[Figures, ...]:
-    return simulated.figures if simulated else ()
 
 
 if __name__ == "__main__":

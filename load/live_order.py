@@ -1,7 +1,8 @@
 """Whether policies that run for real come in the order that the simulator gives them.
 
 Latencies of the two are not the same numbers (another engine, sockets, a shared machine); their order is the claim. Two
-policies that the simulator itself puts within `CLEAR` of each other have no order to be compared.
+policies that the simulator itself puts within `CLEAR` of each other, or one way round with one seed and the other way
+with another (ties are broken by lot, and a p95 of a minute shows it), have no order to be compared.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Figures:
 @dataclass(frozen=True, slots=True)
 class Ranking:
     """One figure's order, best first. contradicted: pairs (better, worse) by the simulator whose live order is the
-    other; compared: how many pairs it tells apart by more than CLEAR."""
+    other; compared: how many pairs it tells apart by more than CLEAR, with every seed the same way."""
 
     figure: str
     live: tuple[str, ...]
@@ -57,16 +58,30 @@ class Verdict:
         return claims and not any(ranking.contradicted for ranking in self.rankings)
 
 
-def judge(live: Sequence[Figures], simulated: Sequence[Figures] = ()) -> Verdict:
-    """Over the policies that both have; of the live ones alone without a simulation."""
+def mean(runs: Sequence[Sequence[Figures]]) -> tuple[Figures, ...]:
+    """Of each policy that all runs have, in the first one's order."""
+    found = []
+    for first in runs[0]:
+        own = [one for run in runs for one in run if one.policy == first.policy]
+        if len(own) == len(runs):
+            ttft, rate = (
+                sum(values) / len(runs) for values in zip(*((o.ttft_p95_s, o.hit_rate) for o in own), strict=True)
+            )
+            found.append(Figures(first.policy, ttft, rate))
+    return tuple(found)
+
+
+def judge(live: Sequence[Figures], *runs: Sequence[Figures]) -> Verdict:
+    """runs: the simulator's, one for each seed. Over the policies that all have; of the live ones alone without any."""
+    simulated = mean(runs) if runs else ()
     names = {one.policy for one in live}
     if simulated:
         names &= {one.policy for one in simulated}
     live = [one for one in live if one.policy in names]
-    simulated = [one for one in simulated if one.policy in names]
+    simulated = tuple(one for one in simulated if one.policy in names)
     rankings: tuple[Ranking, ...] = ()
     if simulated:
-        rankings = (_ranking("p95 TTFT", live, simulated), _ranking("token hit rate", live, simulated))
+        rankings = (_ranking("p95 TTFT", live, simulated, runs), _ranking("token hit rate", live, simulated, runs))
     return Verdict(rankings, tuple(_claims(live, simulated)))
 
 
@@ -79,11 +94,16 @@ def _ordered(figure: str, rows: Sequence[Figures]) -> tuple[str, ...]:
     return tuple(one.policy for one in sorted(rows, key=lambda one: _badness(figure, one)))
 
 
-def _ranking(figure: str, live: Sequence[Figures], simulated: Sequence[Figures]) -> Ranking:
-    mine = {one.policy: _badness(figure, one) for one in live}
-    theirs = {one.policy: _badness(figure, one) for one in simulated}
+def _ranking(
+    figure: str, live: Sequence[Figures], simulated: Sequence[Figures], runs: Sequence[Sequence[Figures]]
+) -> Ranking:
+    mine, theirs, *each = ({one.policy: _badness(figure, one) for one in rows} for rows in (live, simulated, *runs))
     order = _ordered(figure, simulated)
-    clear = [(a, b) for a, b in combinations(order, 2) if theirs[b] > theirs[a] * (1 + CLEAR)]
+    clear = [
+        (a, b)
+        for a, b in combinations(order, 2)
+        if theirs[b] > theirs[a] * (1 + CLEAR) and all(seed[b] > seed[a] for seed in each)
+    ]
     return Ranking(
         figure=figure,
         live=_ordered(figure, live),

@@ -106,6 +106,14 @@ def test_a_pair_that_the_simulator_hardly_tells_apart_may_stand_either_way() -> 
     assert judge(swapped("least_load", "power_of_two"), GOOD).agrees
 
 
+def test_a_pair_that_seeds_put_either_way_may_stand_either_way() -> None:
+    live, other_seed = swapped("cache_aware", "round_robin"), swapped("cache_aware", "round_robin")
+    verdict = judge(live, GOOD, other_seed, GOOD)
+    assert verdict.agrees
+    assert verdict.rankings[0].compared < judge(live, GOOD).rankings[0].compared
+    assert judge(live, GOOD, GOOD).rankings[0].contradicted
+
+
 @pytest.mark.parametrize(("policy", "other"), [("affinity", "least_load"), ("affinity", "cache_aware")])
 def test_another_policy_that_beats_ours_fails_the_claim(policy: str, other: str) -> None:
     verdict = judge(swapped(policy, other))
@@ -193,10 +201,17 @@ def test_the_rate_is_a_share_of_what_the_simulator_says_saturates(tmp_path: Path
 
 def test_a_file_that_no_simulation_wrote_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadOption, match=r"load of 0\.5"):
-        read_simulated(write_simulated(tmp_path / "s.json"), 0.5)
+        read_simulated([write_simulated(tmp_path / "s.json")], 0.5)
     (tmp_path / "n.json").write_text("[1]")
     with pytest.raises(BadOption, match="policy simulate"):
-        read_simulated(tmp_path / "n.json", 0.8)
+        read_simulated([tmp_path / "n.json"], 0.8)
+
+
+def test_seeds_of_different_fleets_are_no_seeds(tmp_path: Path) -> None:
+    first, other = write_simulated(tmp_path / "s.json"), write_simulated(tmp_path / "t.json", replicas=5)
+    assert len(read_simulated([first, first], 0.8).runs) == 2
+    with pytest.raises(BadOption, match=r"t\.json simulates another fleet"):
+        read_simulated([first, other], 0.8)
 
 
 def test_the_rehearsal_fleet_is_the_one_that_the_documentation_simulates() -> None:
