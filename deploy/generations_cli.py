@@ -61,8 +61,12 @@ def _names(fleet: Path | None) -> FleetNames | None:
     from deploy.fleet import load
     from policies.document import FleetNames
 
-    models = load(fleet).models
-    return FleetNames(tuple(model.name for model in models), tuple(alias for m in models for alias in m.aliases))
+    found = load(fleet)
+    return FleetNames(
+        tuple(model.name for model in found.models),
+        tuple(alias for model in found.models for alias in model.aliases),
+        tuple(upstream.name for upstream in found.upstreams),
+    )
 
 
 def register_of(database: str, fleet: Path | None = None) -> PolicyRegister:

@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from sqlalchemy import Connection, Row, Select, delete, func, or_, select, update
@@ -240,7 +240,7 @@ def live_gateways(connection: Connection, now: float) -> list[LiveGateway]:
 def report(connection: Connection, gateway: LiveGateway) -> None:
     """Write a gateway's row."""
     values = {name: getattr(gateway, name) for name in LiveGateway.__slots__ if name != "id"}
-    values["names"] = json.dumps({"models": gateway.names.models, "aliases": gateway.names.aliases})
+    values["names"] = json.dumps(asdict(gateway.names))
     own = policy_gateways.c.id == gateway.id
     if not connection.execute(update(policy_gateways).where(own).values(values)).rowcount:
         connection.execute(policy_gateways.insert().values(id=gateway.id, **values))
@@ -253,8 +253,8 @@ def sign_off(connection: Connection, gateway_id: str) -> None:
 
 
 def _gateway(row: Mapping[Any, Any]) -> LiveGateway:
-    names = json.loads(row["names"])
-    return LiveGateway(**{**row, "names": FleetNames(tuple(names["models"]), tuple(names["aliases"]))})
+    names = {field: tuple(values) for field, values in json.loads(row["names"]).items()}
+    return LiveGateway(**{**row, "names": FleetNames(**names)})
 
 
 # ---------------------------------------------------------------------------------------------------------------- audit

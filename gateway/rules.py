@@ -19,7 +19,7 @@ from policies.document import FleetNames, PolicyDocument, load_predictors
 from policies.document_limits import RetryRules
 from policies.limits import RateLimits
 from policies.selection import ModelGroup, group_of, price_of
-from replicas.protocol import ConfigError, ModelNotFound
+from replicas.protocol import ModelNotFound
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,9 @@ async def rules_for(follower: PolicyFollower[Rules], key_id: str) -> Rules:
 
 def fleet_names(config: GatewayConfig) -> FleetNames:
     return FleetNames(
-        tuple(model.name for model in config.models), tuple(alias for model in config.models for alias in model.aliases)
+        tuple(model.name for model in config.models),
+        tuple(alias for model in config.models for alias in model.aliases),
+        tuple(upstream.name for upstream in config.upstreams),
     )
 
 
@@ -87,20 +89,11 @@ def compiler(config: GatewayConfig) -> Callable[[int, PolicyDocument], Rules]:
     Raises ConfigError for what the document names and this gateway does not have.
     """
     served = {name: model for model in config.models for name in (model.name, *model.aliases)}
-    elsewhere = {upstream.name for upstream in config.upstreams}
     folder = predictor_folder(config)
 
     def compile_rules(generation: int, document: PolicyDocument) -> Rules:
         predictors = load_predictors(document, folder)
         priced = {model.name: price_of(model.name, model.price, document) for model in config.models}
-        for name, group in document.groups.items():
-            if group.cascade is not None and group.cascade.small in elsewhere:
-                raise ConfigError(
-                    f"groups.{name}.cascade.small: {group.cascade.small!r} is an upstream: how sure it is is not known"
-                )
-        for name, hedging in document.hedging.items():
-            if hedging.to is None and name in elsewhere:
-                raise ConfigError(f"hedging.{name}: an upstream has no other replica; name another model in 'to'")
         groups = {
             name: group_of(name, group, document, priced, predictors.get(name))
             for name, group in document.groups.items()

@@ -180,23 +180,27 @@ EMPTY = PolicyDocument()
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FleetNames:
-    """What the fleet serves: names proper, and the aliases that the fleet file gives them."""
+    """What the fleet serves: names proper, the fleet file's aliases of them, and which of them are upstreams."""
 
     models: tuple[str, ...]
     aliases: tuple[str, ...] = ()
+    upstreams: tuple[str, ...] = ()
 
 
 def parse(text: str, name: str = "policy", *, names: FleetNames | None = None) -> PolicyDocument:
     """The document in `text`; DocumentError with the line and path of everything that is wrong.
 
-    `name` stands for the text in messages. names: where given, every model that the document names must be one of them.
+    `name` stands for the text in messages. names: where given, every model that the document names must be one of them,
+    and fit for what it is named for.
     """
     source = yaml_text.read(text, name)
     try:
         document = PolicyDocument.model_validate(source.data)
     except ValidationError as error:
         raise source.explain_validation(error, PolicyDocument) from None
-    wrong = [*_contradictions(document), *(_unknown_names(document, names) if names else ())]
+    wrong = [*_contradictions(document)]
+    if names is not None:
+        wrong += [*_unknown_names(document, names), *_unfit(document, names)]
     if wrong:
         raise source.explain(wrong)
     return document
@@ -304,6 +308,17 @@ def _unknown_names(document: PolicyDocument, names: FleetNames) -> Iterator[Wron
     for name, target in document.aliases.items():
         if target not in targets:
             yield ("aliases", name), f"there is no model or group {target!r}; {suggestion(target, targets)}"
+
+
+def _unfit(document: PolicyDocument, names: FleetNames) -> Iterator[Wrong]:
+    """Upstreams where only our own replicas will do."""
+    for name, group in document.groups.items():
+        if group.cascade is not None and group.cascade.small in names.upstreams:
+            small = group.cascade.small
+            yield ("groups", name, "cascade", "small"), f"{small!r} is an upstream: how sure it is is not known"
+    for name, hedging in document.hedging.items():
+        if hedging.to is None and name in names.upstreams:
+            yield ("hedging", name), "an upstream has no other replica; name another model in 'to'"
 
 
 def _models_named(document: PolicyDocument) -> Iterator[tuple[Loc, str]]:

@@ -13,8 +13,8 @@ import pytest
 from gateway.config import ServedModel
 from gateway.hedging import Hedges
 from gateway.metrics import Metrics
-from gateway.policy_errors import PublishRefused
 from policies.document_limits import Hedging
+from policies.yaml_text import DocumentError
 from replicas.fake import FakeSettings
 from replicas.mock_upstream import MockUpstream
 from replicas.protocol import Chunk, EngineFault, EngineStats, InvalidRequest, ReplicaLost
@@ -178,7 +178,10 @@ def test_an_upstream_is_hedged_by_the_model_that_the_document_names(
     with gateway.http(headers={**gateway.headers, "x-request-timeout-ms": "400"}) as http:
         asked = {**CHAT, "model": "far", "tools": tools}
         assert http.post("/v1/chat/completions", json=asked).status_code == 504, "ours cannot do it"
-    with gateway.register() as register, pytest.raises(PublishRefused, match="no other replica"):
+    with (
+        gateway.register() as register,
+        pytest.raises(DocumentError, match=r"hedging\.far: an upstream has no other replica"),
+    ):
         register.publish("hedging: {far: {after_s: 0.1, max_share: 5%}}", author="test")
 
 

@@ -217,6 +217,20 @@ def test_names_are_checked_against_the_fleet_with_a_suggestion() -> None:
     assert "the fleet has a model or alias 'big'" in refused("aliases: {big: small}", FLEET)
 
 
+def test_an_upstream_cannot_be_what_only_a_replica_can() -> None:
+    fleet = FleetNames(("small", "big"), upstreams=("small",))
+    text = (
+        "groups:\n  auto:\n    models: [small, big]\n"
+        "    cascade: {small: small, strong: big, min_mean_logprob: -1}\n"
+        "hedging:\n  small: {after_s: 1, max_share: 5%}\n"
+    )
+    with pytest.raises(DocumentError) as refused:
+        parse(text, "p.yaml", names=fleet)
+    assert "p.yaml:4: groups.auto.cascade.small: 'small' is an upstream" in str(refused.value)
+    assert "p.yaml:6: hedging.small: an upstream has no other replica" in str(refused.value)
+    parse(text, names=FleetNames(("small", "big")))
+
+
 def test_anchors_and_merges_work_and_lines_are_those_of_what_counts() -> None:
     text = "models:\n  a: &m {strength: 0.5}\n  b: *m\n  c:\n    <<: *m\n    strength: 0.7\n"
     text += "  d:\n    <<: *m\n    strength: 7\n"
