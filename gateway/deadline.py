@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -26,14 +26,17 @@ _GRACE_S = 0.05
 T = TypeVar("T")
 
 
-def deadline(given: bytes, admission: Admission | None, started: float) -> float | None:
+def deadline(given: Sequence[bytes], admission: Admission | None, started: float) -> float | None:
     """When a request that came at `started` (perf_counter) must be answered; None: it may take its time.
 
-    given: the header's value, b"" without one. InvalidRequest names the header.
+    given: the values of all headers of that name; an empty one is none. InvalidRequest names the header.
     """
+    given = [value for value in given if value]
     if not given and admission is None:
         return None
-    limit_s = time_limit_s(admission, _milliseconds(given) / 1e3 if given else None)
+    if len(given) > 1:
+        raise InvalidRequest(f"{HEADER} was sent {len(given)} times", param=HEADER)
+    limit_s = time_limit_s(admission, _milliseconds(given[0]) / 1e3 if given else None)
     if limit_s is None:
         return None
     return asyncio.get_running_loop().time() + limit_s - (time.perf_counter() - started)

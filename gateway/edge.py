@@ -74,6 +74,11 @@ def header(scope: Scope, name: bytes) -> bytes:
     return next((value for key, value in scope["headers"] if key == name), b"")
 
 
+def headers(scope: Scope, name: bytes) -> list[bytes]:
+    """All headers of that (lower case) name."""
+    return [value for key, value in scope["headers"] if key == name]
+
+
 class Edge:
     """Wraps the whole application, inside nothing but Starlette's own last resort."""
 

@@ -23,7 +23,7 @@ from gateway.answering import Answering, Asked, Kind, Opened, Prompts, Request, 
 from gateway.config import GatewayConfig
 from gateway.deadline import HEADER_NAME as TIMEOUT_HEADER
 from gateway.deadline import deadline, on_time
-from gateway.edge import EXCHANGE, ClientGone, Exchange, HangUp, header, read_body, trace_headers
+from gateway.edge import EXCHANGE, ClientGone, Exchange, HangUp, header, headers, read_body, trace_headers
 from gateway.errors import INTERNAL, error_body, http_error
 from gateway.explain import Record, RecordBook
 from gateway.jobs import Job
@@ -104,7 +104,7 @@ class Generate:
         exchange.record = record = self._record(exchange, key, rules.generation)
         services.book.add(record)
         try:
-            until = deadline(header(scope, TIMEOUT_HEADER), rules.document.admission, exchange.started)
+            until = deadline(headers(scope, TIMEOUT_HEADER), rules.document.admission, exchange.started)
             if until is not None:
                 record.time_limit_s = until - asyncio.get_running_loop().time()
             bounds = services.config.limits

@@ -227,6 +227,14 @@ def test_a_time_limit_that_is_none_is_refused_by_name(module_gateway: Gateway, v
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "x-request-timeout-ms")
 
 
+def test_two_time_limits_are_none(module_gateway: Gateway) -> None:
+    limits = [("x-request-timeout-ms", b"500"), ("x-request-timeout-ms", b"60000")]
+    headers = [("authorization", f"Bearer {module_gateway.key}"), *limits]
+    with httpx.Client(base_url=module_gateway.base_url, headers=headers) as http:
+        answer = http.post("/v1/chat/completions", json=CHAT)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "x-request-timeout-ms")
+
+
 def assert_late(answer: httpx.Response) -> None:
     assert answer.status_code == 504, answer.text
     assert answer.json()["error"]["code"] == "deadline_exceeded"
