@@ -54,21 +54,30 @@ def distill_draft(
     text: Texts = None,
     questions: Questions = True,
     layers: Annotated[int, typer.Option("--layers", min=1, help="How many of the model's layers to begin with.")] = 2,
+    states: Annotated[
+        bool, typer.Option("--states", help="Let it read the model's last hidden states too, as EAGLE does.")
+    ] = False,
+    depth: Annotated[int, typer.Option(min=1, max=8, help="With --states: guesses ahead to train for.")] = 3,
     tokens: Tokens = 300_000,
     targets: Targets = 4096,
     steps: Annotated[int, typer.Option(min=1)] = 300,
     batch: Annotated[int, typer.Option(min=1, help="Samples in one step.")] = 8,
 ) -> None:
     """Make a small draft model from some of a model's own layers, sharing its embedding and output layer."""
-    from replicas.engine.spec.make import make_draft, spread_layers
+    from replicas.engine.spec.make import last_layers, make_draft, make_state_draft, spread_layers
     from replicas.engine.weights import open_checkpoint
 
     with _material(model, out, text or [], questions, tokens, targets) as (material, progress):
-        chosen = spread_layers(open_checkpoint(material.model).config.num_layers, layers)
-        right = make_draft(material, layers=chosen, steps=steps, batch=batch, progress=progress)
-    typer.echo(
-        f"wrote {out} from layers {', '.join(map(str, chosen))}; on text held out {right:.1%} of guesses are right"
-    )
+        held = open_checkpoint(material.model).config.num_layers
+        if states:
+            chosen = last_layers(held, layers)
+            right = make_state_draft(material, layers=chosen, depth=depth, steps=steps, batch=batch, progress=progress)
+        else:
+            chosen = spread_layers(held, layers)
+            right = [make_draft(material, layers=chosen, steps=steps, batch=batch, progress=progress)]
+    shares = "  ".join(f"{share:.1%}" for share in right)
+    typer.echo(f"wrote {out} from layers {', '.join(map(str, chosen))}; on text held out guesses are all right in")
+    typer.echo(f"{shares} (the first{', two, …' if states else ''})")
 
 
 @contextmanager

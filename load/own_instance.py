@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from load.processes import BEHIND
 from load.units import LoadError
 
 _TIMEOUT_S = 300.0
@@ -43,8 +44,8 @@ def free_port() -> int:
 
 
 @contextmanager
-def instance(fleet: str, *names: str) -> Iterator[Instance]:
-    """Serves that fleet file's text; has an API key of each name, one where none is given."""
+def instance(fleet: str, *names: str, behind: bool = False) -> Iterator[Instance]:
+    """Serves that fleet file's text; has an API key of each name, one where none is given. behind: see `BEHIND`."""
     with tempfile.TemporaryDirectory(prefix="signalbox-load-") as home:
         environment = {**os.environ, "SIGNALBOX_HOME": home}
         path = Path(home) / "fleet.yaml"
@@ -52,7 +53,7 @@ def instance(fleet: str, *names: str) -> Iterator[Instance]:
         port = free_port()
         try:
             began = time.monotonic()
-            signalbox(environment, "up", str(path), "--detach", "--port", str(port))
+            signalbox(environment, "up", str(path), "--detach", "--port", str(port), behind=behind)
             up_s = time.monotonic() - began
             keys = {name: signalbox(environment, "keys", "create", name).split()[-1] for name in names or ("load",)}
             yield Instance(f"http://127.0.0.1:{port}", keys, environment, up_s)
@@ -60,9 +61,9 @@ def instance(fleet: str, *names: str) -> Iterator[Instance]:
             signalbox(environment, "down", check=False)
 
 
-def signalbox(environment: Mapping[str, str], *arguments: str, check: bool = True) -> str:
+def signalbox(environment: Mapping[str, str], *arguments: str, check: bool = True, behind: bool = False) -> str:
     """What a `signalbox` command prints; LoadError with its last words where it fails."""
-    command = [sys.executable, "-m", "deploy.cli", *arguments]
+    command = [*(BEHIND if behind else ()), sys.executable, "-m", "deploy.cli", *arguments]
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S)
     except subprocess.TimeoutExpired:

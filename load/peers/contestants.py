@@ -15,7 +15,7 @@ from load.environments import LITELLM, LLAMA_CPP, TRANSFORMERS, VLLM_CPU, Enviro
 from load.own_instance import free_port, instance
 from load.peers.serving import Served
 from load.peers.workloads import ECHO, GATEWAY, MODEL
-from load.processes import running
+from load.processes import BEHIND, running
 from load.units import BadOption
 from load.weights import exported, gguf
 
@@ -67,7 +67,7 @@ def _own(
     @contextmanager
     def serve(stage: Stage) -> Iterator[Served]:
         model = dict(fleet(stage))
-        with instance(json.dumps({"models": [{"name": "model", **model}]})) as own:
+        with instance(json.dumps({"models": [{"name": "model", **model}]}), behind=True) as own:
             # making a key belongs to no start
             began = time.monotonic() - own.up_s
             yield Served(own.base_url, "model", began, key=own.key, extra=extra or {})
@@ -114,7 +114,8 @@ def _peer(start: Callable[[Stage, int], Start]) -> Callable[[Stage], AbstractCon
         how = start(stage, port)
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHON"))}
         began = time.monotonic()
-        with running(how.command, {**environment, **_OFFLINE, **how.variables}, stage.scratch / "log") as child:
+        environment |= {**_OFFLINE, **how.variables}
+        with running([*BEHIND, *how.command], environment, stage.scratch / "log") as child:
             yield Served(
                 f"http://127.0.0.1:{port}",
                 how.model,

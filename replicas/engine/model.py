@@ -87,7 +87,12 @@ class Decoder:
     @torch.inference_mode()
     def hidden(self, batch: StepBatch, caches: Sequence[LayerCache]) -> Tensor:
         """`forward` up to the head: the normed hidden states [R, H]."""
-        return self._stack(self.embed(batch.token_ids), batch, caches)
+        return self.layers(self.embed(batch.token_ids), batch, caches)
+
+    @torch.inference_mode()
+    def layers(self, inputs: Tensor, batch: StepBatch, caches: Sequence[LayerCache]) -> Tensor:
+        """`hidden` of inputs [T, H], which may be overwritten, in place of the embeddings of batch.token_ids."""
+        return self._stack(inputs, batch, caches)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

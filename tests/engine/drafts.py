@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from replicas.engine.model_config import ModelConfig
-from replicas.engine.spec.draft_layers import DraftConfig, layer_tensors, save_draft
+from replicas.engine.spec.draft_layers import FUSE, STATES, DraftConfig, layer_tensors, save_draft
 from replicas.engine.spec.heads import HeadsConfig, save_heads
 from replicas.engine.weights import open_checkpoint
 
-PROPOSERS = ("ngram", "suffix", "medusa", "hydra", "layers", "noised copy", "several")
+PROPOSERS = ("ngram", "suffix", "medusa", "hydra", "layers", "states", "noised copy", "several")
 
 
 def write_heads(folder: Path, model: Path, *, sequential: bool, **changed: Any) -> Path:
@@ -37,6 +37,7 @@ def write_heads(folder: Path, model: Path, *, sequential: bool, **changed: Any) 
 
 
 def write_layers_draft(folder: Path, model: Path, layers: tuple[int, ...] = (0,), **changed: Any) -> Path:
+    """With fed_with="states" the layers get the states and hardly anything of the tokens: likely the same again."""
     checkpoint = open_checkpoint(model)
     shape: ModelConfig = checkpoint.config
     config = DraftConfig(
@@ -48,7 +49,11 @@ def write_layers_draft(folder: Path, model: Path, layers: tuple[int, ...] = (0,)
             **changed,
         }
     )
-    save_draft(folder, config, layer_tensors(checkpoint, layers), torch.arange(shape.vocab_size - 2))
+    tensors = layer_tensors(checkpoint, layers)
+    if config.fed_with == STATES:
+        eye = torch.eye(shape.hidden_size)
+        tensors[FUSE] = torch.cat((0.1 * eye, eye), dim=1)
+    save_draft(folder, config, tensors, torch.arange(shape.vocab_size - 2))
     return folder
 
 
@@ -70,6 +75,9 @@ def settings_of(name: str, folder: Path, model: Path) -> dict[str, Any]:
         return {"method": "medusa", "heads": str(write_heads(folder / name, model, sequential=name == "hydra"))}
     if name == "layers":
         return {"method": "draft_model", "model": str(write_layers_draft(folder / name, model))}
+    if name == "states":
+        draft = write_layers_draft(folder / name, model, fed_with=STATES)
+        return {"method": "draft_model", "model": str(draft), "draft_kv_tokens": 512}
     if name == "noised copy":
         return {
             "method": "draft_model",

@@ -16,13 +16,15 @@ from hypothesis import strategies as st
 from replicas.engine import Engine, EngineConfig, SamplingParams
 from replicas.engine.sequence import Sequence
 from replicas.engine.spec.acceptance import Acceptance
+from replicas.engine.spec.build import build_speculation
 from replicas.engine.spec.config import Speculative
 from replicas.engine.spec.cost import StepCost
+from replicas.engine.spec.draft_layers import STATES, DraftCheckpoint, own_tensors
 from replicas.engine.spec.lengths import choose_depth, choose_lengths
 from replicas.engine.spec.lookup import Index, Ngram, Suffix
-from replicas.engine.spec.make import Material, make_draft, make_heads
-from replicas.engine.spec.self_text import make_prompts, read_self_text, write_self_text
-from replicas.engine.spec.train import split
+from replicas.engine.spec.make import Material, make_draft, make_heads, make_state_draft
+from replicas.engine.spec.self_text import OwnQuestions, Prompts, Sample, make_prompts, read_self_text, write_self_text
+from replicas.engine.spec.train import Vocabulary, measure_state_draft, split
 from replicas.protocol import ConfigError, FinishReason
 from tests.engine.drafts import write_heads, write_layers_draft, write_noised_copy
 
@@ -218,6 +220,11 @@ DRAFTS: list[tuple[Callable[[Path], None], str]] = [
     (lambda folder: _edit(folder / "draft.json", hidden_size=64), "draft.json: hidden_size is 64, the model's is 48"),
     (lambda folder: _edit(folder / "draft.json", base_revision="ab"), "draft.json: .* made from weights ab"),
     (lambda folder: _edit(folder / "draft.json", layers=[7]), r"draft.json: layers \[7\]"),
+    (lambda folder: _edit(folder / "draft.json", fed_with="both"), "draft.json: fed_with 'both'"),
+    (
+        lambda folder: _edit(folder / "draft.json", fed_with="states"),
+        "draft.safetensors: tensor 'fuse.weight' is missing",
+    ),
     (
         lambda folder: _edit(folder / "draft.json", layers=[0, 1]),
         "draft.safetensors: tensor 'model.layers.1.*' is missing",
@@ -267,7 +274,10 @@ def test_prompts_are_framed_and_every_source_is_one_list(tmp_path: Path) -> None
     lines, text = tmp_path / "asked.jsonl", tmp_path / "text.txt"
     lines.write_text(json.dumps({"prompt": "one\u2028two"}, ensure_ascii=False) + "\n\n", encoding="utf-8")
     text.write_text("\n\n".join(f"Paragraph {i}. " + "It says something. " * 9 for i in range(4)))
-    asked, given, made = make_prompts([lines, text], ("<", ">"), ask=True)
+    asked, *own, given, made = make_prompts([lines, text], ("<", ">"), ask=True)
+    assert own == [OwnQuestions("<", ">")] * 2
+    assert isinstance(asked, list)
+    assert isinstance(made, list)
     assert given == ["<one\u2028two>"]
     assert len(set(asked)) == len(asked) > 500
     assert made[0].startswith("<Summarize the following text:\n\nParagraph 0.")
@@ -304,7 +314,7 @@ def test_a_text_that_is_taken_up_has_no_turn_twice_and_no_prompt_on_both_sides(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     """Answers that ended early were written again by the next run, and then stood on both sides of the split."""
-    prompts = [[f"prompt {i}" for i in range(7)]]
+    prompts: list[Prompts] = [[f"prompt {i}" for i in range(7)], OwnQuestions("ask: ", " answer: ")]
     for tokens in (4000, 8000, 12000):
         write_self_text(str(tiny_model), prompts, tmp_path, tokens=tokens)
     turns = np.concatenate([np.load(shard)["turns"] for shard in tmp_path.glob("shard-*.npz")])
@@ -338,3 +348,61 @@ def test_a_draft_is_distilled_and_taken(tiny_model: Path, tmp_path: Path) -> Non
     assert losses == sorted(losses, reverse=True)
     assert len(losses) == 3
     start(tiny_model, method="draft_model", model=str(made.out))
+
+
+def test_a_draft_on_states_is_distilled_and_taken(tiny_model: Path, tmp_path: Path) -> None:
+    made = material(tiny_model, tmp_path)
+    losses: list[float] = []
+
+    def progress(stage: str, done: int, total: int, note: str) -> None:
+        if stage == "training":
+            losses.append(float(note.removeprefix("loss ")))
+
+    shares = make_state_draft(made, layers=(1,), depth=2, steps=75, batch=8, progress=progress)
+    assert losses[-1] < losses[0]
+    assert 0 <= shares[1] <= shares[0] < 1
+    start(tiny_model, method="draft_model", model=str(made.out))
+
+
+def test_a_draft_on_states_guesses_in_the_engine_what_it_guessed_when_it_was_measured(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """Training unrolls guesses over whole samples; the engine computes them place by place, on a paged cache."""
+    made = material(tiny_model, tmp_path)
+    make_state_draft(made, layers=(1,), depth=3, steps=150, batch=8, progress=nothing)
+    engine = start(tiny_model, method="draft_model", model=str(made.out), max_draft_tokens=3)
+    decoder = engine.loaded.decoder
+    config = EngineConfig(
+        model=str(tiny_model), speculative=Speculative(method="draft_model", model=str(made.out), max_draft_tokens=3)
+    )
+    draft = DraftCheckpoint(made.out, decoder.config, decoder.revision, any_revision=False)
+    weights = {name: draft.tensor(name) for name in own_tensors(decoder.config, 1, STATES)}
+    embed = decoder.embed(torch.arange(decoder.config.vocab_size)).clone()
+    vocabulary = Vocabulary(embed, decoder.head_rows(draft.targets).clone(), draft.targets)
+    sample = max(read_self_text(made.out / "work" / "text"), key=lambda sample: len(sample.states))
+    guessed = _asked_every_other_time(config, engine, sample, 0) | _asked_every_other_time(config, engine, sample, 1)
+    right = np.zeros(3)
+    for place, guesses in guessed.items():
+        right += np.cumprod(np.array(guesses) == sample.output[place + 1 : place + 4])
+    measured = measure_state_draft(weights, [sample], draft.config, vocabulary, 3)
+    assert right / len(guessed) == pytest.approx(measured, abs=0.02), "8-bit codes and float16 states round a little"
+    assert right[0] > 0
+
+
+def _asked_every_other_time(config: EngineConfig, engine: Engine, sample: Sample, first: int) -> dict[int, list[int]]:
+    """By place what the proposer guesses after the token there, at most three tokens; told one token at a time."""
+    [source] = build_speculation(config, engine.loaded, engine.max_model_len)._sources
+    proposer = source.proposer
+    seq = Sequence("0", 0, sample.prompt.tolist(), len(sample.prompt), SamplingParams(max_tokens=500), 0, b"")
+    states = torch.from_numpy(sample.states).float()
+    found = {}
+    for place in range(len(sample.states) - 3):
+        seq.tokens.append(int(sample.output[place]))
+        proposer.observe(seq, states[place : place + 1])
+        if place % 2 == first:
+            [proposal] = proposer.propose([seq], 3)
+            found[place] = list(proposal.tokens)
+            proposer.check_integrity([seq])
+    proposer.forget(seq)
+    proposer.check_integrity([])
+    return found

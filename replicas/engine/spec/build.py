@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -15,13 +17,14 @@ from replicas.engine.ops import Ops, choose_ops
 from replicas.engine.sampler import Typical
 from replicas.engine.spec.config import Speculative
 from replicas.engine.spec.draft_layers import CONFIG as DRAFT_CONFIG
-from replicas.engine.spec.draft_layers import DraftCheckpoint, SubsetHead
+from replicas.engine.spec.draft_layers import FUSE, STATES, DraftCheckpoint, SubsetHead, rounded_linear
 from replicas.engine.spec.draft_model import DraftModel, Head
 from replicas.engine.spec.heads import open_heads
 from replicas.engine.spec.lookup import Ngram, Suffix
 from replicas.engine.spec.medusa import Medusa
 from replicas.engine.spec.proposer import Proposer, best_guesses
 from replicas.engine.spec.speculation import Speculation
+from replicas.engine.spec.state_draft import StateDraft
 from replicas.engine.tokenizer import Tokenizer
 from replicas.engine.weights import Checkpoint, open_checkpoint
 from replicas.protocol import ConfigError
@@ -67,16 +70,24 @@ def _medusa(settings: Speculative, loaded: Loaded, ops: Ops) -> Medusa:
 
 def _draft_model(
     settings: Speculative, config: EngineConfig, loaded: Loaded, ops: Ops, max_model_len: int
-) -> DraftModel:
+) -> DraftModel | StateDraft:
     assert settings.model is not None, "Speculative let draft_model without a model pass"
     target = loaded.decoder
     checkpoint: Checkpoint
+    kind: Callable[..., DraftModel | StateDraft] = DraftModel
     if (Path(settings.model).expanduser() / DRAFT_CONFIG).is_file():
         checkpoint = DraftCheckpoint(
-            Path(settings.model).expanduser(), target.config, target.revision, any_revision=settings.any_revision
+            Path(settings.model).expanduser(),
+            target.config,
+            target.revision,
+            any_revision=settings.any_revision,
+            codes=ops.multiplies_quantized and loaded.device.type == "cpu",
         )
         decoder = _decoder(checkpoint, ops, loaded, max_model_len, shared=target)
         head: Head = SubsetHead(target, checkpoint.targets, ops)
+        if checkpoint.fed_with == STATES:
+            fuse = rounded_linear(checkpoint.tensor(FUSE).to(loaded.device, loaded.dtype), None, ops)
+            kind = partial(StateDraft, fuse)
     else:
         checkpoint = open_checkpoint(settings.model)
         if Tokenizer.load(checkpoint).vocabulary() != loaded.tokenizer.vocabulary():
@@ -87,7 +98,7 @@ def _draft_model(
             )
         decoder = _decoder(checkpoint, ops, loaded, min(max_model_len, checkpoint.config.max_position_embeddings))
         head = _WholeHead(decoder, target.config.vocab_size)
-    return DraftModel(
+    return kind(
         decoder,
         head,
         kv_tokens=settings.draft_kv_tokens,

@@ -1,10 +1,13 @@
 """A draft made of some of the target's own layers: draft.json and draft.safetensors.
 
-    draft.json         format, layers (which of the target's they began as), base_revision, hidden_size, vocab_size
+    draft.json         format, layers (which of the target's they began as), base_revision, hidden_size, vocab_size,
+                       fed_with: "tokens", or "states" if the layers read the target's last states beside the tokens
     draft.safetensors  targets                     int32 [N]: the token ids that it can name
                        model.layers.I.*            as in the target's checkpoint, but in int8 with a float16 scale a row
                        NAME.scale                       (vectors: float16)
                        model.norm.weight
+                       fuse.weight                 [H, 2 H], of a draft fed with states (like EAGLE: Li et al. 2024,
+                                                   arXiv:2401.15077): [embedding; state] -> what its layers take
 
 Embedding and output layer are the target's own, so the artefact holds nothing but layers. It is a `Checkpoint` of a
 shallower model to the decoder.
@@ -24,7 +27,9 @@ from torch import Tensor
 from replicas.engine.gguf_file import GGUFFile
 from replicas.engine.model import Decoder
 from replicas.engine.model_config import ModelConfig
-from replicas.engine.ops import Ops
+from replicas.engine.ops import Linear, Ops
+from replicas.engine.quantized.rounding import int8
+from replicas.engine.quantized.weight import QuantizedWeight
 from replicas.engine.spec.heads import check_targets, read_tensors
 from replicas.engine.spec.proposer import best_guesses
 from replicas.engine.weights import Checkpoint, expected_tensors, read_json
@@ -32,6 +37,8 @@ from replicas.protocol import ConfigError
 
 FORMAT = "signalbox-draft-1"
 CONFIG, _WEIGHTS = "draft.json", "draft.safetensors"
+FUSE = "fuse.weight"
+TOKENS, STATES = "tokens", "states"
 _SHARED = ("model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -41,13 +48,15 @@ class DraftConfig:
     base_revision: str
     hidden_size: int
     vocab_size: int
+    fed_with: str = TOKENS
     format: str = FORMAT
 
 
-def own_tensors(model: ModelConfig, num_layers: int) -> dict[str, tuple[int, ...]]:
+def own_tensors(model: ModelConfig, num_layers: int, fed_with: str) -> dict[str, tuple[int, ...]]:
     """Shapes of what a draft of `num_layers` of the model's layers brings itself, by name."""
     shapes = expected_tensors(shallow(model, num_layers))
-    return {name: shape for name, shape in shapes.items() if name not in _SHARED}
+    own = {name: shape for name, shape in shapes.items() if name not in _SHARED}
+    return own | {FUSE: (model.hidden_size, 2 * model.hidden_size)} if fed_with == STATES else own
 
 
 def shallow(model: ModelConfig, num_layers: int) -> ModelConfig:
@@ -74,13 +83,18 @@ def save_draft(folder: Path, config: DraftConfig, tensors: Mapping[str, Tensor],
 
 
 class DraftCheckpoint:
-    """The artefact in `folder` for a target; ConfigError naming file and tensor where it does not fit to it."""
+    """The artefact in `folder` for a target; ConfigError naming file and tensor where it does not fit to it.
+
+    codes: give matrices as they are stored, in 8 bits.
+    """
 
     gguf: GGUFFile | None = None
     quantization: str | None = None
 
-    def __init__(self, folder: Path, target: ModelConfig, revision: str, *, any_revision: bool) -> None:
-        self.folder = folder
+    def __init__(
+        self, folder: Path, target: ModelConfig, revision: str, *, any_revision: bool, codes: bool = False
+    ) -> None:
+        self.folder, self._codes = folder, codes
         draft = _parse(read_json(folder / CONFIG))
         for name in ("hidden_size", "vocab_size"):
             ours, wanted = getattr(draft, name), getattr(target, name)
@@ -93,10 +107,10 @@ class DraftCheckpoint:
             )
         if not all(0 <= layer < target.num_layers for layer in draft.layers):
             raise _refused(f"{CONFIG}: layers {list(draft.layers)} are not all in 0..{target.num_layers - 1}")
-        self.config = shallow(target, len(draft.layers))
+        self.config, self.fed_with = shallow(target, len(draft.layers)), draft.fed_with
         self.revision = f"{revision}-draft"
         self._tensors = read_tensors(folder / _WEIGHTS)
-        for name, shape in own_tensors(target, len(draft.layers)).items():
+        for name, shape in own_tensors(target, len(draft.layers), draft.fed_with).items():
             self._check(name, shape)
         check_targets(self._tensors.get("targets"), target.vocab_size, _WEIGHTS)
         self.targets = self._tensors["targets"].long()
@@ -117,8 +131,9 @@ class DraftCheckpoint:
         held = self._tensors[name]
         return held.float() * self._tensors[name + ".scale"].float() if held.dtype is torch.int8 else held.float()
 
-    def matrix(self, module: str) -> Tensor:
-        return self.tensor(f"{module}.weight")
+    def matrix(self, module: str) -> Tensor | QuantizedWeight:
+        weight = self.tensor(f"{module}.weight")
+        return int8(weight) if self._codes else weight
 
 
 class SubsetHead:
@@ -127,11 +142,18 @@ class SubsetHead:
 
     def __init__(self, target: Decoder, targets: Tensor, ops: Ops) -> None:
         self._targets = targets.to(target.device, torch.int64)
-        self._output = ops.linear(target.head_rows(self._targets).to(target.dtype), None)
+        self._output = rounded_linear(target.head_rows(self._targets).to(target.dtype), None, ops)
 
     def __call__(self, hidden: Tensor) -> tuple[Tensor, list[float]]:
         at, sure = best_guesses(self._output(hidden).float())
         return self._targets[at], sure
+
+
+def rounded_linear(weight: Tensor, bias: Tensor | None, ops: Ops) -> Linear:
+    """A layer that only guesses: in 8 bits where a CPU multiplies with codes, for reading it is what a guess costs."""
+    if ops.multiplies_quantized and weight.device.type == "cpu":
+        return ops.quantized_linear(int8(weight), bias)
+    return ops.linear(weight, bias)
 
 
 def _parse(given: Mapping[str, Any]) -> DraftConfig:
@@ -141,6 +163,8 @@ def _parse(given: Mapping[str, Any]) -> DraftConfig:
         config = DraftConfig(**{**given, "layers": tuple(given.get("layers", ()))})
     except TypeError as error:
         raise _refused(f"{CONFIG}: {error}") from error
+    if config.fed_with not in (TOKENS, STATES):
+        raise _refused(f"{CONFIG}: fed_with {config.fed_with!r} is unknown; use {TOKENS} or {STATES}")
     if not config.layers or not all(isinstance(layer, int) for layer in config.layers):
         raise _refused(f"{CONFIG}: layers must name at least one layer by number")
     return config
@@ -150,10 +174,19 @@ def _refused(why: str) -> ConfigError:
     return ConfigError(why, param="speculative.model")
 
 
+def state_tensors(checkpoint: Checkpoint, layers: tuple[int, ...], seed: int = 0) -> dict[str, Tensor]:
+    """What a draft fed with states begins as: `layer_tensors` behind a random `fuse` of unit gain for both halves."""
+    hidden, generator = checkpoint.config.hidden_size, torch.Generator().manual_seed(seed)
+    embed = checkpoint.tensor("model.embed_tokens.weight").float().square().mean().sqrt()
+    norm = checkpoint.tensor("model.norm.weight").float().square().mean().sqrt()  # the size of a normed state
+    halves = [torch.randn(hidden, hidden, generator=generator) / (2 * hidden**0.5 * size) for size in (embed, norm)]
+    return {**layer_tensors(checkpoint, layers), FUSE: torch.cat(halves, dim=1)}
+
+
 def layer_tensors(checkpoint: Checkpoint, layers: tuple[int, ...]) -> dict[str, Tensor]:
     """The chosen layers of a checkpoint, renumbered from 0, and the final norm; float32."""
     renamed = {"model.norm.weight": checkpoint.tensor("model.norm.weight").float()}
-    for name in own_tensors(checkpoint.config, len(layers)):
+    for name in own_tensors(checkpoint.config, len(layers), TOKENS):
         if name.startswith("model.layers."):
             _, _, index, rest = name.split(".", 3)
             renamed[name] = checkpoint.tensor(f"model.layers.{layers[int(index)]}.{rest}").float()

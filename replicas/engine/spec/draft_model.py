@@ -28,10 +28,11 @@ class Head(Protocol):
         ...
 
 
-class DraftModel:
-    """decoder: the small model. head: from its hidden states to tokens. kv_tokens: size of its pool.
+class Shadows:
+    """The pool and who holds blocks of it; the half of a proposer that does not guess.
 
-    max_sequences: shadows at most. budget: tokens of one of its steps, so that a long prompt is computed in pieces.
+    decoder: the small model. head: from its hidden states to tokens. kv_tokens: size of its pool. max_sequences:
+    shadows at most. budget: tokens of one of its steps, so that a long prompt is computed in pieces.
     """
 
     name, costs = "draft_model", True
@@ -54,6 +55,40 @@ class DraftModel:
         ).layers
         self._shadows: dict[Sequence, Sequence] = {}
 
+    def _shadow(self, seq: Sequence) -> Sequence | None:
+        """The one there is, or a new one without tokens if there is a place for it; `_grow` keeps it."""
+        shadow = self._shadows.get(seq)
+        if shadow is None and len(self._shadows) < len(self._layout.table):
+            shadow = Sequence(seq.request_id, seq.index, [], 0, seq.sampling, 0, b"")
+        return shadow
+
+    def _grow(self, seq: Sequence, shadow: Sequence, length: int) -> bool:
+        """Blocks for `length` tokens; without room for them the shadow is forgotten."""
+        missing = -(-length // self.pool.block_size) - len(shadow.blocks)
+        if length > self._decoder.max_model_len or missing > self.pool.num_free:
+            self.forget(seq)
+            return False
+        if missing > 0:
+            shadow.blocks += self.pool.allocate(missing)
+        self._shadows[seq] = shadow
+        return True
+
+    def forget(self, seq: Sequence) -> None:
+        shadow = self._shadows.pop(seq, None)
+        if shadow is not None:
+            self._layout.release(shadow)
+            self.pool.release(shadow.forget_blocks())
+
+    def check_integrity(self, running: Seq[Sequence]) -> None:
+        assert set(self._shadows) <= set(running), "a shadow outlived its sequence"
+        self.pool.check_integrity([shadow.blocks for shadow in self._shadows.values()])
+        rows = sum(shadow.row >= 0 for shadow in self._shadows.values())
+        assert self._layout.rows_in_use == rows, f"{self._layout.rows_in_use} draft rows in use, {rows} held"
+
+
+class DraftModel(Shadows):
+    """A model of its own, or layers of the target: reads tokens and nothing else."""
+
     @torch.inference_mode()
     def propose(self, sequences: Seq[Sequence], depth: int) -> list[Proposal]:
         shadows = {seq: shadow for seq in sequences if (shadow := self._follow(seq, depth)) is not None}
@@ -68,25 +103,15 @@ class DraftModel:
 
     def _follow(self, seq: Sequence, depth: int) -> Sequence | None:
         """The shadow of `seq` with exactly its tokens and blocks for `depth` more; None if there is no room."""
-        shadow = self._shadows.get(seq)
+        shadow = self._shadow(seq)
         if shadow is None:
-            if len(self._shadows) == len(self._layout.table):
-                return None
-            shadow = Sequence(seq.request_id, seq.index, [], 0, seq.sampling, 0, b"")
+            return None
         agree = min(len(shadow.tokens), len(seq.tokens))
         while agree > seq.num_prompt and shadow.tokens[agree - 1] != seq.tokens[agree - 1]:
             agree -= 1  # guesses stand at the end, so this looks at a few tokens only
         shadow.tokens[agree:] = seq.tokens[agree:]
         shadow.num_computed = min(shadow.num_computed, agree, len(seq.tokens) - 1)
-        length = len(seq.tokens) + depth
-        missing = -(-length // self.pool.block_size) - len(shadow.blocks)
-        if length > self._decoder.max_model_len or missing > self.pool.num_free:
-            self.forget(seq)
-            return None
-        if missing > 0:
-            shadow.blocks += self.pool.allocate(missing)
-        self._shadows[seq] = shadow
-        return shadow
+        return shadow if self._grow(seq, shadow, len(seq.tokens) + depth) else None
 
     def _next_tokens(self, shadows: list[Sequence]) -> tuple[list[int], list[float]]:
         """Compute all that each shadow lacks, in steps of `budget` tokens; what its last row says comes next."""
@@ -107,17 +132,5 @@ class DraftModel:
         tokens, sure = self._head(torch.stack([states[shadow] for shadow in shadows]))
         return tokens.tolist(), sure
 
-    def observe(self, seq: Sequence, hidden: Tensor) -> None:
+    def observe(self, seq: Sequence, states: Tensor) -> None:
         pass
-
-    def forget(self, seq: Sequence) -> None:
-        shadow = self._shadows.pop(seq, None)
-        if shadow is not None:
-            self._layout.release(shadow)
-            self.pool.release(shadow.forget_blocks())
-
-    def check_integrity(self, running: Seq[Sequence]) -> None:
-        assert set(self._shadows) <= set(running), "a shadow outlived its sequence"
-        self.pool.check_integrity([shadow.blocks for shadow in self._shadows.values()])
-        rows = sum(shadow.row >= 0 for shadow in self._shadows.values())
-        assert self._layout.rows_in_use == rows, f"{self._layout.rows_in_use} draft rows in use, {rows} held"

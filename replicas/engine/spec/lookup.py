@@ -115,7 +115,7 @@ class Ngram:
         index.extend(seq.tokens[len(index) :])
         return index.find(seq.tokens, most, itself=True)
 
-    def observe(self, seq: Sequence, hidden: Tensor) -> None:
+    def observe(self, seq: Sequence, states: Tensor) -> None:
         pass
 
     def forget(self, seq: Sequence) -> None:
@@ -177,7 +177,7 @@ class Suffix:
         found = earlier.index.find(seq.tokens, depth, itself=False)
         return _proposal(*(found if found[0] > own[0] else own))
 
-    def observe(self, seq: Sequence, hidden: Tensor) -> None:
+    def observe(self, seq: Sequence, states: Tensor) -> None:
         pass
 
     def forget(self, seq: Sequence) -> None:

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from replicas.engine.model_config import ModelConfig
-from replicas.engine.spec.draft_layers import DraftCheckpoint, DraftConfig, layer_tensors, save_draft, shallow
+from replicas.engine.spec.draft_layers import (
+    STATES,
+    TOKENS,
+    DraftCheckpoint,
+    DraftConfig,
+    layer_tensors,
+    save_draft,
+    shallow,
+    state_tensors,
+)
 from replicas.engine.spec.heads import HeadsConfig, save_heads
 from replicas.engine.spec.self_text import Sample, frequent_tokens, make_prompts, read_self_text, write_self_text
 from replicas.engine.spec.train import (
@@ -21,9 +30,11 @@ from replicas.engine.spec.train import (
     Vocabulary,
     measure_draft,
     measure_heads,
+    measure_state_draft,
     split,
     train_draft,
     train_heads,
+    train_state_draft,
 )
 from replicas.engine.weights import Checkpoint, open_checkpoint
 from replicas.protocol import ConfigError
@@ -102,16 +113,50 @@ def make_draft(material: Material, *, layers: tuple[int, ...], steps: int, batch
         material.out / "work" / f"draft-{'-'.join(map(str, layers))}.pt",
         lambda step, loss: progress("training", step, steps, f"loss {loss:.3f}"),
     )
+    kept = _save(material.out, checkpoint, layers, TOKENS, tensors, vocabulary)
+    return measure_draft(kept, measure, shape, vocabulary)
+
+
+def make_state_draft(
+    material: Material, *, layers: tuple[int, ...], depth: int, steps: int, batch: int, progress: Progress
+) -> list[float]:
+    """Writes the artefact; returns how often, on text held out, the first guess is right, the first two, …"""
+    checkpoint, learn, measure, vocabulary = _learn_from(material, progress)
+    shape: ModelConfig = shallow(checkpoint.config, len(layers))
+    tensors = train_state_draft(
+        learn,
+        state_tensors(checkpoint, layers),
+        shape,
+        vocabulary,
+        depth,
+        Schedule(steps=steps, batch=batch, rate=1e-3),
+        material.out / "work" / f"states-{'-'.join(map(str, layers))}-{depth}.pt",
+        lambda step, loss: progress("training", step, steps, f"loss {loss:.3f}"),
+    )
+    kept = _save(material.out, checkpoint, layers, STATES, tensors, vocabulary)
+    return measure_state_draft(kept, measure, shape, vocabulary, depth)
+
+
+def _save(
+    out: Path,
+    checkpoint: Checkpoint,
+    layers: tuple[int, ...],
+    fed_with: str,
+    tensors: dict[str, Tensor],
+    vocabulary: Vocabulary,
+) -> dict[str, Tensor]:
+    """The tensors as the artefact has them, rounded."""
+    shape = checkpoint.config
     config = DraftConfig(
         layers=layers,
         base_revision=checkpoint.revision,
         hidden_size=shape.hidden_size,
         vocab_size=shape.vocab_size,
+        fed_with=fed_with,
     )
-    save_draft(material.out, config, tensors, vocabulary.targets)
-    written = DraftCheckpoint(material.out, checkpoint.config, checkpoint.revision, any_revision=False)
-    kept: dict[str, Tensor] = {name: written.tensor(name) for name in tensors}
-    return measure_draft(kept, measure, shape, vocabulary)
+    save_draft(out, config, tensors, vocabulary.targets)
+    written = DraftCheckpoint(out, shape, checkpoint.revision, any_revision=False)
+    return {name: written.tensor(name) for name in tensors}
 
 
 def spread_layers(num_layers: int, wanted: int) -> tuple[int, ...]:
@@ -119,3 +164,10 @@ def spread_layers(num_layers: int, wanted: int) -> tuple[int, ...]:
     if not 1 <= wanted < num_layers:
         raise ConfigError(f"--layers must be between 1 and {num_layers - 1}, got {wanted}")
     return tuple(round(i * (num_layers - 1) / max(wanted - 1, 1)) for i in range(wanted))
+
+
+def last_layers(num_layers: int, wanted: int) -> tuple[int, ...]:
+    """The model's last ones: those that read states most like its own last states."""
+    if not 1 <= wanted < num_layers:
+        raise ConfigError(f"--layers must be between 1 and {num_layers - 1}, got {wanted}")
+    return tuple(range(num_layers - wanted, num_layers))

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from replicas.engine.model import Decoder
-from replicas.engine.ops import Linear, Ops
-from replicas.engine.quantized.rounding import int8
+from replicas.engine.ops import Ops
 from replicas.engine.sequence import Sequence
+from replicas.engine.spec.draft_layers import rounded_linear
 from replicas.engine.spec.heads import HeadsConfig
 from replicas.engine.spec.proposer import Proposal, best_guesses, level
 
@@ -27,22 +27,17 @@ class Medusa:
         def held(name: str) -> Tensor:
             return tensors[name].to(decoder.device, decoder.dtype)
 
-        def linear(weight: Tensor, bias: Tensor | None) -> Linear:
-            if ops.multiplies_quantized and decoder.device.type == "cpu":
-                return ops.quantized_linear(int8(weight), bias)
-            return ops.linear(weight, bias)
-
         self.num_heads = config.num_heads
         self._decoder = decoder
         self._sequential = config.sequential
         self._targets = tensors["targets"].to(decoder.device, torch.int64)
-        self._output = linear(decoder.head_rows(self._targets).to(decoder.dtype), None)
+        self._output = rounded_linear(decoder.head_rows(self._targets).to(decoder.dtype), None, ops)
         self._heads = []
         for i in range(config.num_heads):
             weight = held(f"heads.{i}.state.weight")
             if config.sequential:  # one product with [z, e] instead of one each
                 weight = torch.cat((weight, held(f"heads.{i}.token.weight")), dim=1)
-            self._heads.append(linear(weight, held(f"heads.{i}.state.bias")))
+            self._heads.append(rounded_linear(weight, held(f"heads.{i}.state.bias"), ops))
         self._states: dict[Sequence, Tensor] = {}
 
     @torch.inference_mode()
@@ -63,8 +58,8 @@ class Medusa:
             sure.append(probabilities)
         return [Proposal([row[i] for row in guesses], [level(row[i]) for row in sure]) for i in range(len(sequences))]
 
-    def observe(self, seq: Sequence, hidden: Tensor) -> None:
-        self._states[seq] = hidden
+    def observe(self, seq: Sequence, states: Tensor) -> None:
+        self._states[seq] = states[-1]
 
     def forget(self, seq: Sequence) -> None:
         self._states.pop(seq, None)

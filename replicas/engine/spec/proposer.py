@@ -54,8 +54,8 @@ class Proposer(Protocol):
         """At most `depth` guesses for each of `sequences`, all of which decode; none is a fine answer."""
         ...
 
-    def observe(self, seq: Sequence, hidden: Tensor) -> None:
-        """`seq` got new tokens; hidden [H] is the target's last normed state before its newest token."""
+    def observe(self, seq: Sequence, states: Tensor) -> None:
+        """`seq` got N new tokens; states [N, H] are the target's last normed ones before each. They may be kept."""
         ...
 
     def forget(self, seq: Sequence) -> None:

@@ -36,6 +36,8 @@ _SHARD = 64  # samples
 _ABOUT_TEXTS = ("Summarize the following text:\n\n{}", "Explain the following in simple words:\n\n{}", "{}")
 _LONGEST = 768  # tokens of a sample
 _LONGEST_TEXT = 1500  # characters of a user's message
+_LONGEST_QUESTION = 64  # tokens of a user's message that the model writes
+_QUESTION = "question-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,18 @@ class Sample:
     output: NDArray[np.int32]
     states: NDArray[np.float16]
     turn: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class OwnQuestions:
+    """In place of a list of prompts: the model also writes the user's message, as Magpie does (Xu et al. 2024,
+    arXiv:2406.08464). start, end: what its chat template puts before and after one."""
+
+    start: str
+    end: str
+
+
+Prompts = list[str] | OwnQuestions
 
 
 class Recorder:
@@ -58,12 +72,13 @@ class Recorder:
     def propose(self, sequences: Any, depth: int) -> list[Proposal]:
         return [Proposal()] * len(sequences)
 
-    def observe(self, seq: Sequence, hidden: Tensor) -> None:
-        self._states.setdefault(seq, []).append(hidden.half().cpu().numpy().copy())
+    def observe(self, seq: Sequence, states: Tensor) -> None:
+        self._states.setdefault(seq, []).extend(states.half().cpu().numpy().copy())
 
     def forget(self, seq: Sequence) -> None:
         states = self._states.pop(seq, None)
-        if states is not None and seq.finish_reason is not None and len(states) == seq.num_output - 1:
+        wanted = seq.finish_reason is not None and not seq.request_id.startswith(_QUESTION)
+        if states is not None and wanted and len(states) == seq.num_output - 1:
             tokens = np.array(seq.tokens, dtype=np.int32)
             prompt, output = tokens[: seq.num_prompt], tokens[seq.num_prompt :]
             self._ended(Sample(prompt, output, np.array(states), int(seq.request_id)))
@@ -72,16 +87,18 @@ class Recorder:
         assert set(self._states) <= set(running), "states outlived their sequence"
 
 
-def make_prompts(files: Seq[Path], frame: tuple[str, str], *, ask: bool) -> list[list[str]]:
-    """One list a file, and `questions()` if `ask`.
+def make_prompts(files: Seq[Path], frame: tuple[str, str], *, ask: bool) -> list[Prompts]:
+    """One list a file, and if `ask` `questions()` and, of models with a chat template, twice as many of its own.
 
     JSON lines have a "prompt" each, a user's message; of plain text questions are made, and some of its paragraphs are
     to be continued as they are. frame: what the model's chat template puts before and after a user's message; both ""
     if it has none.
     """
     start, end = frame
-    asked = [[start + text + end for text in questions()]] if ask else []
-    lists = asked + [_of_file(file, start, end) for file in files]
+    lists: list[Prompts] = [[start + text + end for text in questions()]] if ask else []
+    if ask and start:
+        lists += [OwnQuestions(start, end)] * 2
+    lists += [_of_file(file, start, end) for file in files]
     if not lists:
         raise ConfigError("there is nothing to ask the model: give a --text or leave --no-questions out", param="text")
     return lists
@@ -110,12 +127,12 @@ def _of_file(file: Path, start: str, end: str) -> list[str]:
 
 
 def write_self_text(
-    model: str, prompts: list[list[str]], folder: Path, *, tokens: int, report: Callable[[int], None] = lambda _: None
+    model: str, prompts: Seq[Prompts], folder: Path, *, tokens: int, report: Callable[[int], None] = lambda _: None
 ) -> None:
     """Continue prompts until `folder` holds `tokens` of output; what it holds already counts. report(tokens so far).
 
     The lists take turns. Three of five prompts are continued greedily, the rest at temperature 0.7; when all of a list
-    had their turn, they are drawn at 0.7 with other seeds.
+    had their turn, they are drawn at 0.7 with other seeds. Questions of the model's own are drawn at temperature 1.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shards = sorted(folder.glob("shard-*.npz"))
@@ -128,24 +145,9 @@ def write_self_text(
     if have >= tokens:
         return
     finished: list[Sample] = []
-    speculation = Speculation((Recorder(finished.append),), 1, adaptive=False)
-    seats, longest = 32, min(_LONGEST, open_checkpoint(model).config.max_position_embeddings)
-    engine = Engine(
-        EngineConfig(model=model, max_num_seqs=seats, max_model_len=longest, kv_memory_gib=2.0), speculation=speculation
-    )
-    params = SamplingParams(max_tokens=min(160, longest // 2))
-    turns = (i for i in itertools.count() if i not in done)
+    writer = _Writer(model, prompts, (i for i in itertools.count() if i not in done), finished.append)
     while have + sum(len(s.output) for s in finished) < tokens:
-        while engine.stats().num_requests_running + engine.stats().num_requests_waiting < seats:
-            i = next(turns)
-            own, at = prompts[i % len(prompts)], i // len(prompts)
-            ids = engine.encode(own[at % len(own)])[: longest - params.max_tokens]
-            greedy = at < len(own) and at % 5 < 3
-            drawn = replace(params, temperature=0.0 if greedy else 0.7, seed=i)
-            engine.add(GenerateRequest(request_id=str(i), prompt_token_ids=tuple(ids), sampling=drawn))
-        for chunk in engine.step():
-            if chunk.error is not None:
-                raise chunk.error
+        writer.step()
         if len(finished) >= _SHARD:
             have += _write(folder, len(shards), finished)
             shards.append(folder)
@@ -153,6 +155,60 @@ def write_self_text(
             report(have)
     if finished:
         report(have + _write(folder, len(shards), finished))
+
+
+class _Writer:
+    """An engine that is kept full with `turns` of `prompts`."""
+
+    _SEATS = 32
+
+    def __init__(
+        self, model: str, prompts: Seq[Prompts], turns: Iterator[int], ended: Callable[[Sample], None]
+    ) -> None:
+        self._prompts, self._turns = prompts, turns
+        self._longest = min(_LONGEST, open_checkpoint(model).config.max_position_embeddings)
+        self._params = SamplingParams(max_tokens=min(160, self._longest // 2))
+        self._asked: dict[str, str] = {}  # questions under way, as far as they are written
+        config = EngineConfig(model=model, max_num_seqs=self._SEATS, max_model_len=self._longest, kv_memory_gib=2.0)
+        self._engine = Engine(config, speculation=Speculation((Recorder(ended),), 1, adaptive=False))
+
+    def step(self) -> None:
+        stats = self._engine.stats()
+        for _ in range(self._SEATS - stats.num_requests_running - stats.num_requests_waiting):
+            self._begin(next(self._turns))
+        for chunk in self._engine.step():
+            if chunk.error is not None:
+                raise chunk.error
+            if chunk.request_id in self._asked:
+                self._asked[chunk.request_id] += chunk.text
+                if chunk.finish_reason is not None:
+                    turn, text = int(chunk.request_id.removeprefix(_QUESTION)), self._asked.pop(chunk.request_id)
+                    own = self._own(turn)
+                    assert isinstance(own, OwnQuestions), "only a model's own question is written before it is asked"
+                    self._ask(turn, own.start + text + own.end, greedy=self._round(turn) % 5 < 3)
+
+    def _own(self, turn: int) -> Prompts:
+        return self._prompts[turn % len(self._prompts)]
+
+    def _round(self, turn: int) -> int:
+        return turn // len(self._prompts)
+
+    def _begin(self, turn: int) -> None:
+        own, at = self._own(turn), self._round(turn)
+        if isinstance(own, OwnQuestions):
+            request_id = f"{_QUESTION}{turn}"
+            self._asked[request_id] = ""
+            most = min(_LONGEST_QUESTION, self._params.max_tokens)
+            self._add(request_id, own.start, replace(self._params, temperature=1.0, seed=turn, max_tokens=most))
+        else:
+            self._ask(turn, own[at % len(own)], greedy=at < len(own) and at % 5 < 3)
+
+    def _ask(self, turn: int, prompt: str, *, greedy: bool) -> None:
+        self._add(str(turn), prompt, replace(self._params, temperature=0.0 if greedy else 0.7, seed=turn))
+
+    def _add(self, request_id: str, prompt: str, params: SamplingParams) -> None:
+        ids = tuple(self._engine.encode(prompt)[: self._longest - params.max_tokens])
+        self._engine.add(GenerateRequest(request_id=request_id, prompt_token_ids=ids, sampling=params))
 
 
 def _write(folder: Path, index: int, samples: list[Sample]) -> int:

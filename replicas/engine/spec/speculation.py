@@ -167,9 +167,10 @@ class Speculation:
                 self.accepted_per_position[position] += 1
         if seq.finish_reason is None and self._hidden is not None:
             # A copy: the next step may compute into the same memory.
-            state = self._hidden[self._first_row[seq] + accepted].clone()
+            first = self._first_row[seq]
+            states = self._hidden[first : first + accepted + 1].clone()
             for source in self._sources:
-                source.proposer.observe(seq, state)
+                source.proposer.observe(seq, states)
 
     def record(self, seconds: float, rows: int) -> None:
         """A step of `rows` tokens, drafts included, took `seconds`, proposing included."""

@@ -2,9 +2,11 @@
 
     train_heads    positions are independent: a state, the tokens after it, and the heads' guesses at those tokens
     train_draft    whole samples through the draft's layers, which begin as copies of the target's own
+    train_state_draft    the same on the answers' tokens and the target's states
 
-Heads minimise the cross-entropy with the model's own distribution (from its recorded states), drafts that with the
-tokens it wrote; both among `targets`, the ids that the artefact can name. AdamW, cosine from `rate` to a tenth of it.
+Heads and drafts on states minimise the cross-entropy with the model's own distribution (from its recorded states),
+other drafts that with the tokens it wrote; all among `targets`, the ids that the artefact can name. AdamW, cosine from
+`rate` to a tenth of it.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from torch.nn import functional
 
 from replicas.engine.model import rope_table
 from replicas.engine.model_config import ModelConfig
+from replicas.engine.spec.draft_layers import FUSE
 from replicas.engine.spec.heads import HeadsConfig
 from replicas.engine.spec.self_text import Sample
 from replicas.protocol import ConfigError
@@ -247,7 +250,8 @@ class Layers:
         first, second = x.chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
-    def _attend(self, prefix: str, x: Tensor, index: int) -> Tensor:
+    def _heads(self, prefix: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, T, H] -> queries, keys and values, turned, [B, heads, T, D]"""
         config, (rows, length, _) = self._config, x.shape
         q, k, v = (
             self._linear(x, f"{prefix}{name}_proj").view(rows, length, -1, config.head_dim).transpose(1, 2)
@@ -255,13 +259,22 @@ class Layers:
         )
         if config.qk_norm:
             q, k = self._norm(q, prefix + "q_norm"), self._norm(k, prefix + "k_norm")
-        q, k = self._rotate(q), self._rotate(k)
-        mask = torch.ones(length, length, dtype=torch.bool).tril()
-        window = config.windows[index]
-        if window is not None:
-            mask &= ~torch.ones(length, length, dtype=torch.bool).tril(-window)
+        return self._rotate(q), self._rotate(k), v
+
+    def _seen(self, length: int, index: int, back: int = 0) -> Tensor:
+        """bool [T, T]: whether a query sees a key that is at least `back` places before it."""
+        mask = torch.ones(length, length, dtype=torch.bool).tril(-back)
+        window = self._config.windows[index]
+        return mask if window is None else mask & ~mask.tril(-window)
+
+    def _put_out(self, prefix: str, out: Tensor) -> Tensor:
+        return self._linear(out.transpose(1, 2).flatten(2), prefix + "o_proj")
+
+    def _attend(self, prefix: str, x: Tensor, index: int) -> Tensor:
+        q, k, v = self._heads(prefix, x)
+        mask = self._seen(q.shape[2], index)
         out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-        return self._linear(out.transpose(1, 2).reshape(rows, length, -1), prefix + "o_proj")
+        return self._put_out(prefix, out)
 
 
 def _padded(samples: list[Sample]) -> tuple[Tensor, Tensor]:
@@ -316,3 +329,121 @@ def measure_draft(
         right += int((guessed == wanted[asked]).sum())
         tried += int(asked.sum())
     return right / max(tried, 1)
+
+
+# -------------------------------------------------------------------- drafts on the target's states
+
+
+class Unrolled(Layers):
+    """`Layers` called once for every guess ahead, each time one place further from the states that the target computed.
+
+    Row p of call s has token p, and of the places before it those up to p - s as the target's states gave them, the
+    rest as earlier calls did: what the layers meet when they guess (the training-time test of EAGLE-3, Li et al. 2025,
+    arXiv:2503.01840).
+    """
+
+    def __init__(self, weights: dict[str, Any], config: ModelConfig, longest: int) -> None:
+        super().__init__(weights, config, longest)
+        self._kept: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(config.num_layers)]
+
+    def _attend(self, prefix: str, x: Tensor, index: int) -> Tensor:
+        q, k, v = self._heads(prefix, x)
+        groups = q.shape[1] // k.shape[1]
+        kept = self._kept[index]
+        kept.append((k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)))
+        (first_k, first_v), back = kept[0], len(kept) - 1
+        length, scale = q.shape[2], q.shape[-1] ** -0.5
+        mask = self._seen(length, index, back)
+        if not back:
+            out = functional.scaled_dot_product_attention(q, first_k, first_v, attn_mask=mask)
+            return self._put_out(prefix, out)
+        scores = [(q @ first_k.transpose(2, 3)).masked_fill(~mask, -torch.inf)]
+        scores += [(q * _later(kept[i][0], back - i)).sum(-1, keepdim=True) for i in range(1, back + 1)]
+        shares = (torch.cat(scores, dim=-1) * scale).softmax(dim=-1)
+        out = shares[..., :length] @ first_v
+        for i in range(1, back + 1):
+            out = out + shares[..., length + i - 1 : length + i] * _later(kept[i][1], back - i)
+        return self._put_out(prefix, out)
+
+
+def _later(x: Tensor, places: int) -> Tensor:
+    """[B, heads, T, D] moved along T, zeros where nothing moves in."""
+    return functional.pad(x, (0, 0, places, 0))[:, :, : x.shape[2]] if places else x
+
+
+def _guesses(
+    weights: dict[str, Any], config: ModelConfig, tokens: Tensor, states: Tensor, embed: Tensor, depth: int
+) -> Iterator[Tensor]:
+    """tokens [B, T], states [B, T, H] before each -> `depth` times the normed [B, T, H] from which token p + 1 is
+    guessed at p, the s-th time with the draft's own last s states in place of the target's."""
+    layers, embeddings = Unrolled(weights, config, tokens.shape[1]), embed[tokens]
+    for _ in range(depth):
+        states = layers(functional.linear(torch.cat((embeddings, states), dim=-1), weights[FUSE]))
+        yield states
+        states = functional.pad(states, (0, 0, 1, 0))[:, :-1]
+
+
+def _outputs(samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor]:
+    """tokens int64 [B, T], the states before them float32 [B, T, H], and how many of those each sample has, [B]."""
+    counts = torch.tensor([len(s.states) for s in samples])
+    tokens = torch.zeros(len(samples), int(counts.max()), dtype=torch.int64)
+    states = torch.zeros(*tokens.shape, samples[0].states.shape[1])
+    for row, s in enumerate(samples):
+        count = len(s.states)
+        tokens[row, :count] = torch.from_numpy(s.output[:count].astype(np.int64))
+        states[row, :count] = torch.from_numpy(s.states).float()
+    return tokens, states, counts
+
+
+def train_state_draft(
+    samples: list[Sample],
+    weights: dict[str, Tensor],
+    config: ModelConfig,
+    vocabulary: Vocabulary,
+    depth: int,
+    schedule: Schedule,
+    file: Path,
+    report: Report,
+) -> dict[str, Tensor]:
+    """Trained copies of `weights` (draft_layers.state_tensors), for guesses up to `depth` ahead."""
+    trained = {name: nn.Parameter(tensor.clone()) for name, tensor in weights.items()}
+    by_length = sorted((s for s in samples if len(s.states) > 2), key=lambda s: len(s.states))
+    generator = np.random.default_rng(schedule.seed)
+    starts = generator.integers(0, max(len(by_length) - schedule.batch, 0) + 1, schedule.steps)
+
+    def loss_of(step: int) -> Tensor:
+        tokens, states, counts = _outputs(by_length[starts[step] : starts[step] + schedule.batch])
+        place = torch.arange(tokens.shape[1])
+        known = place < counts[:, None] - 1  # the next token's distribution is there
+        with torch.no_grad():
+            own = functional.linear(states[:, 1:][known[:, :-1]], vocabulary.output).softmax(dim=-1)
+        total = torch.zeros(())
+        for ahead, hidden in enumerate(_guesses(trained, config, tokens, states, vocabulary.embed, depth)):
+            logits = functional.linear(hidden[known], vocabulary.output)
+            losses = -(own * logits.log_softmax(dim=-1)).sum(dim=-1)
+            total = total + _DECAY**ahead * losses[(place >= ahead).expand_as(known)[known]].mean()
+        return total
+
+    _run(trained, loss_of, schedule, file, report)
+    return {name: parameter.detach() for name, parameter in trained.items()}
+
+
+@torch.inference_mode()
+def measure_state_draft(
+    weights: dict[str, Tensor], samples: list[Sample], config: ModelConfig, vocabulary: Vocabulary, depth: int
+) -> list[float]:
+    """Share of places from where the first guess is what the model wrote, the first two are, …"""
+    right, tried = np.zeros(depth), np.zeros(depth)
+    for sample in samples:
+        if len(sample.output) <= depth + 1:
+            continue
+        tokens, states, _ = _outputs([sample])
+        count = tokens.shape[1] - depth  # the place from where the last guess is asked starts `depth` - 1 later
+        alive = torch.ones(count, dtype=torch.bool)
+        wanted = torch.from_numpy(sample.output.astype(np.int64))
+        for ahead, hidden in enumerate(_guesses(weights, config, tokens, states, vocabulary.embed, depth)):
+            guessed = functional.linear(hidden[0, ahead : ahead + count], vocabulary.output).argmax(dim=-1)
+            alive &= vocabulary.targets[guessed] == wanted[ahead + 1 : ahead + 1 + count]
+            right[ahead] += float(alive.sum())
+            tried[ahead] += count
+    return [float(share) for share in right / np.maximum(tried, 1)]
