@@ -42,7 +42,7 @@ class Options:
 
     def key(self) -> Json:
         """What a row's figures depend on; rows of another key are measured again. Paths by their names only."""
-        files = {name: getattr(self, name) for name in ("model", "azure", "mooncake", "scores", "text")}
+        files = {name: getattr(self, name) for name in ("model", "azure", "mooncake", "scores", "prices", "text")}
         named = {name: path.name if path else "built in" for name, path in files.items()}
         return {**named, "turns": self.turns, "quick": self.quick}
 

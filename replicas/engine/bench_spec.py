@@ -71,8 +71,12 @@ INSERT INTO cities (id, name, country, population) VALUES (4, 'Malmo', 'Sweden',
 _ASK_CODE = "Write this Python code again, with the class renamed to Vector, and nothing else changed:\n\n"
 
 
+# what SmolLM2's chat template makes of a user's message
+_SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+
+
 def _chat(text: str) -> str:
-    return f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+    return f"{_SYSTEM}<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
 
 
 KINDS: dict[str, list[str]] = {

@@ -378,9 +378,15 @@ def _guesses(
     guessed at p, the s-th time with the draft's own last s states in place of the target's."""
     layers, embeddings = Unrolled(weights, config, tokens.shape[1]), embed[tokens]
     for _ in range(depth):
-        states = layers(functional.linear(torch.cat((embeddings, states), dim=-1), weights[FUSE]))
+        # .float(): where products are taken in bfloat16, what they are added to is not
+        states = layers(functional.linear(torch.cat((embeddings, states), dim=-1), weights[FUSE]).float())
         yield states
         states = functional.pad(states, (0, 0, 1, 0))[:, :-1]
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether this CPU does so faster than in float32: twice as fast with AVX-512's instructions for it."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _outputs(samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor]:
@@ -415,13 +421,14 @@ def train_state_draft(
         tokens, states, counts = _outputs(by_length[starts[step] : starts[step] + schedule.batch])
         place = torch.arange(tokens.shape[1])
         known = place < counts[:, None] - 1  # the next token's distribution is there
-        with torch.no_grad():
-            own = functional.linear(states[:, 1:][known[:, :-1]], vocabulary.output).softmax(dim=-1)
         total = torch.zeros(())
-        for ahead, hidden in enumerate(_guesses(trained, config, tokens, states, vocabulary.embed, depth)):
-            logits = functional.linear(hidden[known], vocabulary.output)
-            losses = -(own * logits.log_softmax(dim=-1)).sum(dim=-1)
-            total = total + _DECAY**ahead * losses[(place >= ahead).expand_as(known)[known]].mean()
+        with torch.autocast("cpu", torch.bfloat16, enabled=_multiplies_bfloat16()):
+            with torch.no_grad():
+                own = functional.linear(states[:, 1:][known[:, :-1]], vocabulary.output).float().softmax(dim=-1)
+            for ahead, hidden in enumerate(_guesses(trained, config, tokens, states, vocabulary.embed, depth)):
+                logits = functional.linear(hidden[known], vocabulary.output).float()
+                losses = -(own * logits.log_softmax(dim=-1)).sum(dim=-1)
+                total = total + _DECAY**ahead * losses[(place >= ahead).expand_as(known)[known]].mean()
         return total
 
     _run(trained, loss_of, schedule, file, report)
