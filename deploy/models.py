@@ -64,12 +64,17 @@ CATALOGUE: Mapping[str, Bundled] = {
     ),
 }
 
+# Folders of ours: what a model's guesses are made with (docs/speculation.md).
+RELEASE = Path(__file__).parent / "release"
+RELEASED = ("smollm2-135m-instruct-draft",)
+
 
 def pull(source: str, progress: Progress | None = None) -> Path:
     """Fetch what `source` names unless it is there; returns where the engine finds it.
 
-    source: a catalogue name, a Hugging Face id, or a folder or .gguf file, which is left as it is. `progress` gets a
-    task; by default a bar is shown on stderr. ConfigError: unknown name, or content that fails its sha256.
+    source: a catalogue name, one of RELEASED, a Hugging Face id, or a folder or .gguf file, which is left as it is.
+    `progress` gets a task; by default a bar is shown on stderr. ConfigError: unknown name, or content that fails its
+    sha256.
     Unavailable: no index or hub can be reached now; what has arrived is kept.
     """
     found = present(source)
@@ -89,6 +94,10 @@ def present(source: str) -> Path | None:
     if source in CATALOGUE:
         folder = models_dir() / source
         return folder if _is_whole(folder, CATALOGUE[source]) else None
+    if source in RELEASED:
+        if not (RELEASE / source).is_dir():
+            raise ConfigError(f"{source!r} should lie in {RELEASE}, and does not: this installation is not complete")
+        return RELEASE / source
     path = Path(source).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path.resolve()
@@ -98,7 +107,7 @@ def present(source: str) -> Path | None:
         raise ConfigError(f"model {source!r} does not exist")
     if _HUB_ID.fullmatch(source):
         return _in_hub_cache(source)
-    close = difflib.get_close_matches(source.lower(), CATALOGUE, n=1, cutoff=0.4)
+    close = difflib.get_close_matches(source.lower(), [*CATALOGUE, *RELEASED], n=1, cutoff=0.4)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     raise ConfigError(
         f"unknown model {source!r}{hint}; known names: {', '.join(CATALOGUE)}. "

@@ -34,7 +34,7 @@ from load.techniques.figures import broken
 from load.techniques.measure import Options, read, run
 from load.units import BadOption, LoadError
 
-MODEL = "smollm2-135m-instruct"
+MODEL, DRAFT = "smollm2-135m-instruct", "smollm2-135m-instruct-draft"
 _NAMES = tuple(one.name for one in TECHNIQUES if one.kind != NOT_BUILT)
 
 
@@ -45,6 +45,9 @@ def arguments() -> argparse.ArgumentParser:
     default = Options(Path(), Path("build/techniques"))
     parser.add_argument(
         "--model", type=Path, help=f"folder or .gguf file (what `signalbox models pull {MODEL}` prints)"
+    )
+    parser.add_argument(
+        "--draft", type=Path, metavar="DIR", help="of `signalbox distill-draft` (of the default model: ours)"
     )
     parser.add_argument("--azure", type=Path, metavar="CSV", help="Azure trace: output lengths of batching")
     parser.add_argument("--mooncake", type=Path, metavar="JSONL", help="Mooncake trace: shared prefixes of affinity")
@@ -81,25 +84,28 @@ def options_of(args: argparse.Namespace) -> Options:
         raise BadOption("--scores and --prices go together")
     if args.source and not args.show:
         raise BadOption("--from goes with --show")
-    for name in ("model", "azure", "mooncake", "scores", "prices", "text"):
+    for name in ("model", "draft", "azure", "mooncake", "scores", "prices", "text"):
         path = getattr(args, name)
         if path is not None and not path.exists():
             raise BadOption(f"--{name} {path} does not exist")
     affinity.traffic(args.mooncake, 10)
     if args.scores:
         right_size.read_table(args.scores, args.prices)
-    model = args.model or (Path(MODEL) if args.show else _pulled())
+    model, draft = args.model, args.draft
+    if model is None:
+        model = Path(MODEL) if args.show else _pulled(MODEL)
+        draft = draft or (Path(DRAFT) if args.show else _pulled(DRAFT))
     names = ("azure", "mooncake", "scores", "prices", "text", "turns", "usd_per_hour", "quick", "again")
     given: dict[str, Any] = {name: getattr(args, name) for name in names}
-    return Options(model, args.dir, rows=tuple(args.only or _NAMES), **given)
+    return Options(model, args.dir, draft=draft, rows=tuple(args.only or _NAMES), **given)
 
 
-def _pulled() -> Path:
-    """The default model's folder, fetched if it is not there."""
-    command = [sys.executable, "-m", "deploy.cli", "models", "pull", MODEL]
+def _pulled(name: str) -> Path:
+    """The folder of what has this name, fetched if it is not there."""
+    command = [sys.executable, "-m", "deploy.cli", "models", "pull", name]
     done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise LoadError(f"`signalbox models pull {MODEL}` failed; name a model with --model")
+        raise LoadError(f"`signalbox models pull {name}` failed; name a model with --model")
     return Path(done.stdout.splitlines()[-1])
 
 

@@ -35,6 +35,7 @@ class Options:
     prices: Path | None = None
     text: Path | None = None
     turns: int = 3
+    draft: Path | None = None
     usd_per_hour: float = 0.1
     rows: tuple[str, ...] = tuple(one.name for one in TECHNIQUES)
     quick: bool = False
@@ -42,7 +43,9 @@ class Options:
 
     def key(self) -> Json:
         """What a row's figures depend on; rows of another key are measured again. Paths by their names only."""
-        files = {name: getattr(self, name) for name in ("model", "azure", "mooncake", "scores", "prices", "text")}
+        files = {
+            name: getattr(self, name) for name in ("model", "draft", "azure", "mooncake", "scores", "prices", "text")
+        }
         named = {name: path.name if path else "built in" for name, path in files.items()}
         return {**named, "turns": self.turns, "quick": self.quick}
 
@@ -107,7 +110,7 @@ def _engine_row(name: str, options: Options) -> Json:
     out = options.folder / f"{name}.json"
     command = [sys.executable, "-m", "replicas.engine.bench_techniques", name, "--model", str(options.model)]
     command += ["--turns", str(options.turns), "--work", str(options.folder / "weights"), "--json", str(out)]
-    for option, path in (("--trace", options.azure), ("--text", options.text)):
+    for option, path in (("--trace", options.azure), ("--text", options.text), ("--draft", options.draft)):
         command += [option, str(path)] if path else []
     command += ["--quick"] if options.quick else []
     last = ""

@@ -194,6 +194,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, type=Path, help="model folder or .gguf file")
     parser.add_argument("--trace", type=Path, help="CSV with a column GeneratedTokens; else lengths are drawn")
     parser.add_argument("--text", type=Path, help="UTF-8 text for calibration and perplexity")
+    parser.add_argument("--draft", type=Path, help="folder of `signalbox distill-draft`, to guess with as well")
     parser.add_argument("--work", type=Path, default=Path("build/techniques"), help="folder for int4's weights")
     parser.add_argument("--turns", type=int, default=3, help="of each side (3)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: only shows that it runs")
@@ -207,7 +208,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.turns < 1:
         parser.error(f"--turns must be at least 1, got {args.turns}")
     try:
-        result = bench(args.row, Inputs(args.model, args.work, args.trace, args.text, args.turns, args.quick))
+        inputs = Inputs(args.model, args.work, args.trace, args.text, args.draft, args.turns, args.quick)
+        result = bench(args.row, inputs)
     except SignalboxError as error:
         print(f"error: {error.message}", file=sys.stderr)
         return 1

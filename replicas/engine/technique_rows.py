@@ -32,14 +32,25 @@ _QUESTIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What a user gave. trace: Azure CSV of output lengths; text: for calibration and perplexity; None: built in."""
+    """What a user gave. trace: Azure CSV of output lengths; text: for calibration and perplexity; None: built in.
+
+    draft: what `signalbox distill-draft` made for the model, to guess with beside the text itself.
+    """
 
     model: Path
     work: Path
     trace: Path | None = None
     text: Path | None = None
+    draft: Path | None = None
     turns: int = 3
     quick: bool = False
+
+    @property
+    def guesses(self) -> Mapping[str, Any]:
+        """The `speculative` setting."""
+        if self.draft is None:
+            return {"method": "ngram"}
+        return {"method": ("ngram", "draft_model"), "model": str(self.draft)}
 
     def size(self, whole: int, quick: int) -> int:
         return quick if self.quick else whole
@@ -67,6 +78,8 @@ def flow(value: Any) -> str:
         return "{" + ", ".join(f"{key}: {flow(one)}" for key, one in value.items()) + "}"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(flow, value)) + "]"
     return str(value)
 
 
@@ -228,10 +241,12 @@ def _chunked_row(inputs: Inputs) -> Row:
 
 
 def _speculation_row(inputs: Inputs) -> Row:
-    settings = {"max_num_seqs": 1, "enable_prefix_caching": False, **_KV}
-    on = {"speculative": {"method": "ngram"}, **settings}
+    settings = {"quantization": "none", "max_num_seqs": 1, "enable_prefix_caching": False, **_KV}
+    on = {"speculative": inputs.guesses, **settings}
     cases = tuple(_texts(inputs, kind) for kind in KINDS)
-    return Row(Side("a token a step", settings), Side("prompt lookup guesses, the model verifies", on), cases)
+    who = "prompt lookup and a draft guess" if inputs.draft else "prompt lookup guesses"
+    off = Side("float32 weights, a token a step", settings)
+    return Row(off, Side(f"float32 weights, {who}, the model verifies", on), cases)
 
 
 def weights_row(inputs: Inputs, on: Side) -> Row:
@@ -256,7 +271,7 @@ def _together_row(inputs: Inputs) -> Row:
     base = {"max_num_seqs": 8, **_KV}
     off = {"quantization": "none", "enable_prefix_caching": False, "max_num_batched_tokens": 2048, **base}
     on = {"quantization": "auto", "enable_prefix_caching": True, "max_num_batched_tokens": 256, **base}
-    on["speculative"] = {"method": "ngram"}
+    on["speculative"] = inputs.guesses
     says = "continuous batching, prefix cache, chunked prefill, speculation, weights as stored"
     return Row(Side(f"float32 weights, {_STATIC}", off), Side(says, on), (_everything(inputs, 8),))
 

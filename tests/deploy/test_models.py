@@ -169,6 +169,18 @@ def quiet() -> Progress:
     return Progress(disable=True)
 
 
+def test_a_released_draft_lies_in_the_repository_and_is_missed_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = models.resolve(models.RELEASED[0])
+    assert (folder / "draft.json").is_file()
+    with pytest.raises(ConfigError, match="did you mean 'smollm2-135m-instruct-draft'"):
+        models.resolve("smollm2-135m-instruct-drft")
+    monkeypatch.setattr(models, "RELEASE", tmp_path)
+    with pytest.raises(ConfigError, match="this installation is not complete"):
+        models.resolve(models.RELEASED[0])
+
+
 def test_a_replica_is_told_where_what_it_guesses_with_lies_on_its_machine() -> None:
     def resolve(name: str) -> str:
         if name == "nowhere":

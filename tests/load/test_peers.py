@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -109,8 +109,11 @@ def _fake_pip(monkeypatch: pytest.MonkeyPatch, fails: bool = False) -> list[list
     """Steps are written down instead of run; the first makes an interpreter that has a pip."""
     steps: list[list[str]] = []
 
-    def run(command: list[str], log: Path, say: Callable[[str], None]) -> None:
-        steps.append(command[1:])
+    def run(command: list[str], variables: Mapping[str, str], log: Path, say: Callable[[str], None]) -> None:
+        assert variables["PATH"] == os.environ["PATH"]
+        steps.append(
+            [*command[1:], *(f"{name}={variables[name]}" for name in ("FOR_THE_COMPILER",) if name in variables)]
+        )
         if "venv" in command:
             python = Path(command[-1]) / "bin" / "python"
             python.parent.mkdir(parents=True)
@@ -128,12 +131,13 @@ def test_an_environment_is_made_once_and_again_for_other_versions(
 ) -> None:
     steps = _fake_pip(monkeypatch)
     said: list[str] = []
-    old = Environment("x", ("x==1", "torch==2"), without=("y",), cost="large, ")
+    old = Environment("x", ("x==1", "torch==2"), without=("y",), variables={"FOR_THE_COMPILER": "less"}, cost="large, ")
     for _ in range(2):
         assert interpreter(old, tmp_path, said.append) == tmp_path / "x" / "bin" / "python"
     assert len(said) == 1
     assert "large, once" in said[0]
     assert [step[1:3] for step in steps] == [["venv", "--clear"], ["pip", "install"], ["pip", "uninstall"]]
+    assert steps[1][-1] == "FOR_THE_COMPILER=less"
     new = replace(old, packages=("x==2", "torch==2"))
     assert not is_complete(new, tmp_path)
     interpreter(new, tmp_path, said.append)
@@ -150,7 +154,7 @@ def test_what_broke_off_is_not_complete(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_failed_step_tells_its_last_words(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "print('looking'); raise SystemExit('no wheel for this machine')"]
     with pytest.raises(CannotInstall, match=r"exit status 1.*x\.log") as caught:
-        environments._run(command, tmp_path / "x.log", lambda _: None)
+        environments._run(command, os.environ, tmp_path / "x.log", lambda _: None)
     assert caught.value.log == ["looking", "no wheel for this machine"]
 
 

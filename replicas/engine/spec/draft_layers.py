@@ -1,7 +1,8 @@
 """A draft made of some of the target's own layers: draft.json and draft.safetensors.
 
-    draft.json         format, layers (which of the target's they began as), base_revision, hidden_size, vocab_size,
-                       fed_with: "tokens", or "states" if the layers read the target's last states beside the tokens
+    draft.json         format, layers (which of the target's they began as, or are shaped like), base_revision,
+                       hidden_size, vocab_size, fed_with: "tokens", or "states" if the layers read the target's last
+                       states beside the tokens
     draft.safetensors  targets                     int32 [N]: the token ids that it can name
                        model.layers.I.*            as in the target's checkpoint, but in int8 with a float16 scale a row
                        NAME.scale                       (vectors: float16)
@@ -174,13 +175,30 @@ def _refused(why: str) -> ConfigError:
     return ConfigError(why, param="speculative.model")
 
 
-def state_tensors(checkpoint: Checkpoint, layers: tuple[int, ...], seed: int = 0) -> dict[str, Tensor]:
-    """What a draft fed with states begins as: `layer_tensors` behind a random `fuse` of unit gain for both halves."""
-    hidden, generator = checkpoint.config.hidden_size, torch.Generator().manual_seed(seed)
+def state_tensors(checkpoint: Checkpoint, num_layers: int, seed: int = 0) -> dict[str, Tensor]:
+    """What a draft fed with states begins as: random layers of the model's shape, which learn faster than copies do.
+
+    Behind `fuse` both halves of the input have the same size; a quarter of the model's final norm keeps the first
+    logits small.
+    """
+    config, generator = checkpoint.config, torch.Generator().manual_seed(seed)
+    norm = checkpoint.tensor("model.norm.weight").float()
+    tensors = {}
+    for name, shape in own_tensors(config, num_layers, STATES).items():
+        if name.endswith("bias"):
+            tensors[name] = torch.zeros(shape)
+        elif len(shape) == 1:
+            tensors[name] = torch.ones(shape)
+        else:
+            tensors[name] = 0.02 * torch.randn(shape, generator=generator)
     embed = checkpoint.tensor("model.embed_tokens.weight").float().square().mean().sqrt()
-    norm = checkpoint.tensor("model.norm.weight").float().square().mean().sqrt()  # the size of a normed state
-    halves = [torch.randn(hidden, hidden, generator=generator) / (2 * hidden**0.5 * size) for size in (embed, norm)]
-    return {**layer_tensors(checkpoint, layers), FUSE: torch.cat(halves, dim=1)}
+    state = norm.square().mean().sqrt()
+    halves = [
+        torch.randn(config.hidden_size, config.hidden_size, generator=generator) / size for size in (embed, state)
+    ]
+    tensors[FUSE] = torch.cat(halves, dim=1) / (2 * config.hidden_size**0.5)
+    tensors["model.norm.weight"] = norm / 4
+    return tensors
 
 
 def layer_tensors(checkpoint: Checkpoint, layers: tuple[int, ...]) -> dict[str, Tensor]:

@@ -10,12 +10,13 @@ from numpy.typing import NDArray
 MARGIN = 1.02  # measured figures are a little wrong: gains smaller than this are not believed
 
 
-def choose_lengths(probabilities: Seq[Seq[float]], cost: NDArray[np.float64]) -> list[int]:
+def choose_lengths(probabilities: Seq[Seq[float]], cost: NDArray[np.float64], trust: float = 1.0) -> list[int]:
     """probabilities[i][j]: that guess j of sequence i is right if those before it are. cost[r]: of r guesses' step.
 
     A sequence brings one token by itself, and guess j another with the product of the probabilities up to j. Products
     fall with j, so taking guesses in falling order takes them from the front of each sequence; the best number of them
-    is the one with the most expected tokens per cost. Cost need not be convex.
+    is the one with the most expected tokens per cost. Cost need not be convex. trust: what such tokens are worth, as a
+    share of what they claim.
     """
     owners: list[int] = []
     gains: list[float] = []
@@ -24,7 +25,7 @@ def choose_lengths(probabilities: Seq[Seq[float]], cost: NDArray[np.float64]) ->
         for probability in row:
             chance *= probability
             owners.append(i)
-            gains.append(chance)
+            gains.append(trust * chance)
     lengths = [0] * len(probabilities)
     if not gains:
         return lengths

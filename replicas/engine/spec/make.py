@@ -125,11 +125,11 @@ def make_state_draft(
     shape: ModelConfig = shallow(checkpoint.config, len(layers))
     tensors = train_state_draft(
         learn,
-        state_tensors(checkpoint, layers),
+        state_tensors(checkpoint, len(layers)),
         shape,
         vocabulary,
         depth,
-        Schedule(steps=steps, batch=batch, rate=1e-3),
+        Schedule(steps=steps, batch=batch, rate=2e-3),
         material.out / "work" / f"states-{'-'.join(map(str, layers))}-{depth}.pt",
         lambda step, loss: progress("training", step, steps, f"loss {loss:.3f}"),
     )
@@ -167,7 +167,7 @@ def spread_layers(num_layers: int, wanted: int) -> tuple[int, ...]:
 
 
 def last_layers(num_layers: int, wanted: int) -> tuple[int, ...]:
-    """The model's last ones: those that read states most like its own last states."""
+    """The model's last ones: a draft on states has layers of their shape."""
     if not 1 <= wanted < num_layers:
         raise ConfigError(f"--layers must be between 1 and {num_layers - 1}, got {wanted}")
     return tuple(range(num_layers - wanted, num_layers))

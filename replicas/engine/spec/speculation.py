@@ -17,6 +17,8 @@ from replicas.engine.spec.proposer import Proposal, Proposer
 logger = logging.getLogger(__name__)
 
 _EACH_WEIGHT = 0.1
+_TRUST_MEMORY = 0.99  # per proposal
+_TRUST_PRIOR = 5.0  # tokens
 
 
 class _Source:
@@ -49,7 +51,8 @@ class Speculation:
         self.proposing_s = 0.0
         self.num_drafts = self.num_draft_tokens = 0
         self.accepted_per_position = [0] * (max_draft_tokens if proposers else 0)
-        self._chosen: dict[Sequence, tuple[_Source, Seq[int]]] = {}
+        self._chosen: dict[Sequence, tuple[_Source, Seq[int], float]] = {}
+        self._claimed = self._kept = _TRUST_PRIOR  # tokens that the chosen guesses promised and brought, lately
         self._first_row: dict[Sequence, int] = {}
         self._hidden: Tensor | None = None
 
@@ -91,9 +94,6 @@ class Speculation:
         best = {seq: (0.0, self._sources[0], Proposal()) for seq in sequences}
         for source in sorted(self._sources, key=lambda source: source.proposer.costs):
             self._ask(source, best, rows)
-        for seq, (_, source, proposal) in best.items():
-            if proposal.tokens:
-                self._chosen[seq] = source, proposal.levels
         self._cut(best, rows)
 
     def _can_pay(self, sequences: int, rows: int) -> bool:
@@ -130,16 +130,24 @@ class Speculation:
         """Of each proposal the part that pays."""
         proposals = list(best.values())
         lengths = [len(proposal.tokens) for _, _, proposal in proposals]
+        chances = [source.acceptance.probabilities(seq, proposal.levels) for seq, (_, source, proposal) in best.items()]
         if self._adaptive:
-            chances = [
-                source.acceptance.probabilities(seq, proposal.levels) for seq, (_, source, proposal) in best.items()
-            ]
-            lengths = choose_lengths(chances, self.cost.relative(rows, sum(lengths)))
-        for seq, length, (_, _, proposal) in zip(best, lengths, proposals, strict=True):
+            lengths = choose_lengths(chances, self.cost.relative(rows, sum(lengths)), self._trust)
+        for seq, length, (_, source, proposal), chance in zip(best, lengths, proposals, chances, strict=True):
             seq.drafts = list(proposal.tokens[:length])
-            if not length:
-                self._chosen.pop(seq, None)
+            if length:
+                self._chosen[seq] = source, proposal.levels[:length], _gain(chance[:length])
+            else:
                 self._idle(seq)
+
+    @property
+    def _trust(self) -> float:
+        """What the guesses that are chosen bring, as a share of what was expected of them.
+
+        Where only the surest of many pay, those are chosen that are overrated most, and each level's record, which
+        counts all of them, does not show it.
+        """
+        return min(self._kept / self._claimed, 1.0)
 
     def _idle(self, seq: Sequence) -> None:
         for source in self._sources:
@@ -159,8 +167,10 @@ class Speculation:
             return
         chosen = self._chosen.pop(seq, None)
         if drafts and chosen is not None:
-            source, levels = chosen
+            source, levels, claimed = chosen
             source.acceptance.record(seq, levels[:drafts], accepted)
+            self._claimed = _TRUST_PRIOR + _TRUST_MEMORY * (self._claimed - _TRUST_PRIOR) + claimed
+            self._kept = _TRUST_PRIOR + _TRUST_MEMORY * (self._kept - _TRUST_PRIOR) + accepted
             self.num_drafts += 1
             self.num_draft_tokens += drafts
             for position in range(accepted):

@@ -20,7 +20,8 @@ from replicas.engine.sequence import Sequence
 from replicas.engine.spec.draft_model import Shadows
 from replicas.engine.spec.proposer import Proposal, level
 
-_MOST_UNSEEN = 512  # places of a sequence that nobody asked about; of more the oldest are left out
+# Of a sequence that nobody asked about for a while only so many places are computed: the states know what was before.
+_CATCH_UP = 32
 
 
 class StateDraft(Shadows):
@@ -34,8 +35,14 @@ class StateDraft(Shadows):
     def observe(self, seq: Sequence, states: Tensor) -> None:
         unseen = self._unseen.setdefault(seq, [])
         unseen.append(states)
-        if len(unseen) > _MOST_UNSEEN:
-            self.forget(seq)
+        if len(unseen) > 2 * _CATCH_UP:
+            self._restart(seq)
+
+    def _restart(self, seq: Sequence) -> None:
+        """Begin a new shadow with the newest places that nobody asked about."""
+        newest = torch.cat(self._unseen[seq])[-_CATCH_UP:]
+        self.forget(seq)
+        self._unseen[seq] = [newest]
 
     @torch.inference_mode()
     def propose(self, sequences: Seq[Sequence], depth: int) -> list[Proposal]:
@@ -63,6 +70,9 @@ class StateDraft(Shadows):
     def _follow(self, seq: Sequence, depth: int) -> Sequence | None:
         """The shadow of `seq` with its newest tokens, their states still to be computed; None if there is no room."""
         unseen = sum(map(len, self._unseen.get(seq, ())))
+        if unseen > _CATCH_UP:
+            self._restart(seq)
+            unseen = _CATCH_UP
         shadow = self._shadow(seq) if unseen else None
         if shadow is None:
             return None
