@@ -198,7 +198,7 @@ def drawn_plainly(small_model: Path) -> list[Counter[int]]:
     return draw(small_model, 0, None)[0]
 
 
-@pytest.mark.parametrize("name", ["ngram", "suffix", "hydra", "layers", "noised copy"])
+@pytest.mark.parametrize("name", ["ngram", "suffix", "medusa", "hydra", "layers", "states", "noised copy"])
 def test_twenty_thousand_sampled_tokens_differ_by_no_more_than_chance(
     name: str, small_model: Path, drawn_plainly: list[Counter[int]], tmp_path: Path
 ) -> None:
