@@ -12,9 +12,12 @@ from pathlib import Path
 
 _PATIENCE_S = 15.0
 _PAUSE_S = 0.1
+_BEHIND = 19  # the most there is
 # In front of a command: on cores that a server keeps busy, the load generator beside it has precedence. Without it a
-# late generator would be taken for a slow server.
-BEHIND = ("nice", "-n", "10")
+# late generator would be taken for a slow server. See `step_behind`, too.
+BEHIND = ("nice", "-n", str(_BEHIND))
+_MARK = "SIGNALBOX_LOAD_SERVER"
+QUIET_CORES = 0.2  # beyond that, what others compute makes ratios mean little
 
 
 class Child:
@@ -91,6 +94,29 @@ def running(command: Sequence[str], environment: Mapping[str, str], log: Path) -
         child.stop()
 
 
+@contextmanager
+def marked(mark: str) -> Iterator[None]:
+    """What is started meanwhile, and whatever that starts later, is known to `step_behind` by `mark`."""
+    os.environ[_MARK] = mark
+    try:
+        yield
+    finally:
+        del os.environ[_MARK]
+
+
+def step_behind(mark: str) -> None:
+    """Give precedence over the marked processes to all others.
+
+    Linux may share a core out among sessions first and heed niceness only within one (autogroup, sched(7)), so the
+    sessions are told too. Where that cannot be told, nothing happens.
+    """
+    wanted = f"{_MARK}={mark}".encode()
+    for entry in Path("/proc").iterdir() if Path("/proc").is_dir() else ():
+        with suppress(OSError):
+            if entry.name.isdigit() and wanted in (entry / "environ").read_bytes().split(b"\0"):
+                (entry / "autogroup").write_text(str(_BEHIND))
+
+
 def cores_in_use(seconds: float = 1.0) -> float | None:
     """How many cores the whole machine uses on average in the next `seconds`; None where /proc/stat does not tell."""
     before = _core_seconds()
@@ -100,6 +126,15 @@ def cores_in_use(seconds: float = 1.0) -> float | None:
     after = _core_seconds()
     assert after is not None, "it was there a moment ago"
     return (after - before) / seconds
+
+
+def cores_kept(seconds: float = 10.0) -> float | None:
+    """`cores_in_use` as soon as it is at most QUIET_CORES, or after so many seconds what it then is: what has just been
+    stopped may take a moment to go."""
+    deadline = time.monotonic() + seconds
+    while (used := cores_in_use()) is not None and used > QUIET_CORES and time.monotonic() < deadline:
+        pass
+    return used
 
 
 def _core_seconds() -> float | None:

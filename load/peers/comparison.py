@@ -9,6 +9,7 @@ one has its turn. The document is whole after every server: what has been measur
 from __future__ import annotations
 
 import os
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,7 @@ from load.execute import execute
 from load.peers.contestants import CONTESTANTS, Contestant, Stage
 from load.peers.serving import PeerFailed, Served, first_token
 from load.peers.workloads import GATEWAY, KINDS, tasks, warm_up
-from load.processes import cores_in_use
+from load.processes import cores_kept, marked, step_behind
 from load.scripted import mock_upstream
 from load.show import progress
 from load.summary import Judging, summarise
@@ -116,22 +117,26 @@ class Comparison:
             step = "start"
             try:
                 entry["versions"] = environments.versions(python, contestant.packages)
-                entry["others_cores"] = cores_in_use()  # nothing of ours computes now
+                entry["others_cores"] = cores_kept()  # nothing of ours computes now
                 self._say(f"{contestant.name}: starting")
-                with contestant.serve(stage) as served:
+                with ExitStack() as running:
+                    mark = secrets.token_hex(8)
+                    with marked(mark):
+                        served = running.enter_context(contestant.serve(stage))
                     entry["first_token_s"] = first_token(served, contestant.limit_s)
                     step = "load"
-                    self._load(contestant, served, entry)
+                    self._load(contestant, served, entry, mark)
             except (LoadError, OSError, subprocess.SubprocessError) as error:
                 self._fail(entry, step, error)
             except KeyboardInterrupt:
                 self._fail(entry, step, PeerFailed("interrupted"))
                 raise
 
-    def _load(self, contestant: Contestant, served: Served, entry: Json) -> None:
+    def _load(self, contestant: Contestant, served: Served, entry: Json, mark: str) -> None:
         self._say(f"{contestant.name}: first token after {entry['first_token_s']:.1f} s")
         for task in (warm_up(), *tasks(contestant.kind, self.setting.seconds)):
             plan = task.plan(served.target())
+            step_behind(mark)
             with progress(self.console, plan, f"{contestant.name}, {task.name}") as update:
                 collected = execute(plan, update)
             run = summarise(plan, collected, Judging(), task.name)

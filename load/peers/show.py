@@ -14,6 +14,7 @@ from rich.table import Table as Grid
 from load import report
 from load.peers.contestants import OURS
 from load.peers.rows import ADDED, START, rows
+from load.processes import QUIET_CORES
 from load.show import NAMES, estimate
 from load.summary import LAG_RULE
 from load.svg import Axis, Line, chart
@@ -36,7 +37,6 @@ LEGEND = (
     "Below 1 is better for times, above 1 for tokens and requests. start to token: from the start of the process."
 )
 _MOST_LOG = 6
-_BUSY_CORES = 0.2
 
 
 def cell(row: Json, figure: str) -> tuple[str, bool]:
@@ -107,7 +107,7 @@ def failures(servers: list[Json]) -> list[tuple[str, list[str]]]:
 def flaws(servers: list[Json]) -> list[str]:
     """What a reader must know before believing the figures."""
     found = []
-    busy = [f"{one['name']} {one['others_cores']:.1f}" for one in servers if (one["others_cores"] or 0) > _BUSY_CORES]
+    busy = [f"{one['name']} {one['others_cores']:.1f}" for one in servers if (one["others_cores"] or 0) > QUIET_CORES]
     if busy:
         found.append(f"THE MACHINE WAS BUSY, so ratios mean little; cores that others kept before: {', '.join(busy)}")
     runs = [(server["name"], run) for server in servers for run in server["runs"]]

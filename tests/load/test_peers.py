@@ -27,7 +27,7 @@ from load.peers.rows import ADDED, START, flaws_of, rows
 from load.peers.serving import PeerFailed, Served, first_token
 from load.peers.show import cell, flaws, page, show
 from load.peers.workloads import ALONE, ECHO, GATEWAY, MODEL, tasks
-from load.processes import Child, cores_in_use, last_lines, running, session
+from load.processes import BEHIND, Child, cores_in_use, last_lines, marked, running, session, step_behind
 from load.scripted import null_server
 from load.units import BadOption, LoadError
 
@@ -444,3 +444,23 @@ def test_every_peer_is_in_the_table_of_versions() -> None:
     for name in PEERS:
         environment = CONTESTANTS[name].environment
         assert environment is None or all("==" in package for package in environment.packages), name
+
+
+@pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="this system shares cores among processes only")
+def test_marked_processes_and_their_sessions_step_behind(tmp_path: Path) -> None:
+    sleeps = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with marked("of-this-test"):
+        server = Child([*BEHIND, *sleeps], {**os.environ}, tmp_path / "server.log")
+    other = Child(sleeps, {**os.environ}, tmp_path / "other.log")
+    try:
+        deadline = time.monotonic() + 20
+        while b"-c" not in Path(f"/proc/{server.pid}/cmdline").read_bytes().split(b"\0")[1:2]:  # until nice became it
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        step_behind("of-this-test")
+        assert Path(f"/proc/{server.pid}/autogroup").read_text().split()[-1] == "19"
+        assert Path(f"/proc/{other.pid}/autogroup").read_text().split()[-1] == "0"
+        assert os.getpriority(os.PRIO_PROCESS, server.pid) == 19
+    finally:
+        server.stop()
+        other.stop()
