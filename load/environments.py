@@ -70,7 +70,7 @@ LLAMA_CPP = Environment(
             )
         )
     },
-    cost="compiles for 10 minutes and more, ",
+    cost="compiles for some minutes, ",
 )
 TRANSFORMERS = Environment("transformers", ("transformers[serving]==5.24.0", "accelerate==1.15.0", _TORCH))
 # the newest whose proxy's own parts (litellm-enterprise, litellm-proxy-extras) are on PyPI

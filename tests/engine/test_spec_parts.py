@@ -307,6 +307,8 @@ def test_heads_are_trained_saved_and_taken_up_where_they_were(tiny_model: Path, 
     assert again == [after, both], "a finished training is taken up at its end"
     assert (made.out / "work" / "text" / "shard-00000.npz").stat().st_mtime_ns == written
     assert not [s for s in stages if s[0] == "training"]
+    make_heads(made, steps=150, **{**options, "progress": lambda *p: stages.append((p[0], p[1]))})
+    assert [s[1] for s in stages if s[0] == "training"] == [125, 150], "more steps begin where the others ended"
     start(tiny_model, method="medusa", heads=str(made.out))
 
 

@@ -66,12 +66,12 @@ def _run(
     file: Path,
     report: Report,
 ) -> None:
-    """`schedule.steps` steps, continued from `file` if there is one of the same schedule."""
+    """`schedule.steps` steps, continued from `file` if there is one; its schedule may have been shorter."""
     optimiser = torch.optim.AdamW(parameters.values(), lr=schedule.rate, weight_decay=0.01)
     first, smooth = 0, 0.0
     if file.is_file():
         held: dict[str, Any] = torch.load(file, weights_only=True)
-        if held["steps"] == schedule.steps and held["weights"].keys() == parameters.keys():
+        if held["steps"] <= schedule.steps and held["weights"].keys() == parameters.keys():
             with torch.no_grad():
                 for name, parameter in parameters.items():
                     parameter.copy_(held["weights"][name])
