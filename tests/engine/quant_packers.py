@@ -166,9 +166,26 @@ def _gptq_layout(bits: int, group: int, version: int, desc_act: bool) -> Layout:
     return Layout(config, lambda grid: gptq(grid, version=version), bits, group, shuffled=desc_act)
 
 
+def auto_round_config(bits: int, form: str, *, symmetric: bool, **more: Any) -> dict[str, Any]:
+    """The keys that its version 0.16.1 writes."""
+    return {
+        "autoround_version": "0.16.1",
+        "bits": bits,
+        "block_name_to_quantize": "model.layers",
+        "data_type": "int",
+        "enable_quanted_input": False,
+        "group_size": 16,
+        "packing_format": form,
+        "quant_method": "auto-round",
+        "sym": symmetric,
+        **more,
+    }
+
+
 _AWQ = {"quant_method": "awq", "bits": 4, "group_size": 16, "zero_point": True}
 LAYOUTS = {
     "awq gemm": Layout({**_AWQ, "version": "gemm"}, awq_gemm),
+    "awq gemm, symmetric": Layout({**_AWQ, "version": "gemm", "zero_point": False}, awq_gemm, zeros=False),
     "awq gemv": Layout({**_AWQ, "version": "gemv"}, awq_gemv),
     "gptq v1": _gptq_layout(4, 16, 1, False),
     "gptq v2": _gptq_layout(4, 16, 2, False),
@@ -177,6 +194,15 @@ LAYOUTS = {
     "gptq whole rows": _gptq_layout(4, -1, 1, False),
     "gptq 8 bits": _gptq_layout(8, 16, 1, False),
     "gptq 2 bits": _gptq_layout(2, 16, 1, False),
+    "auto-round as gptq": Layout(
+        auto_round_config(4, "auto_round:auto_gptq", symmetric=True),
+        lambda grid: gptq(grid, version=1, g_idx=False),
+        zeros=False,
+    ),
+    "auto-round": Layout(
+        auto_round_config(2, "auto_round", symmetric=False), lambda grid: gptq(grid, version=2, g_idx=False), bits=2
+    ),
+    "auto-round as awq": Layout(auto_round_config(4, "auto_round:auto_awq", symmetric=False), awq_gemm),
     "pack-quantized": Layout(
         compressed_config(4, 16, symmetric=True, form="pack-quantized"),
         lambda grid: pack_quantized(grid, symmetric=True),

@@ -18,7 +18,7 @@ from replicas.engine.quantized.weight import QuantizedWeight
 from replicas.engine.reference import Reference
 from replicas.engine.weights import expected_tensors, open_checkpoint
 from replicas.protocol import ConfigError
-from tests.engine.quant_packers import LAYOUTS, compressed_config, write_quantized
+from tests.engine.quant_packers import LAYOUTS, auto_round_config, compressed_config, write_quantized
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
 PROMPTS = ["a", "hello world", "the quick brown fox jumps over the lazy dog, again and again"]
@@ -94,6 +94,53 @@ def test_layers_that_are_stored_in_different_ways_are_joined(small_model: Path, 
     assert generate(EngineConfig(model=str(tmp_path / "model"), block_size=4, num_blocks=64)) == expected
 
 
+@pytest.mark.parametrize(
+    ("layout", "key", "rules"),
+    [
+        (
+            "gptq v1",
+            "dynamic",
+            {
+                r"-:.*layers\.0\.self_attn\.v_proj.*": {},
+                r"+:.*mlp\.down_proj.*": {"bits": 8, "group_size": 16, "sym": True},
+            },
+        ),
+        (
+            "auto-round as gptq",
+            "extra_config",
+            {"model.layers.0.self_attn.v_proj": {"bits": 16}, r".*mlp\.down_proj.*": {"bits": 8}},
+        ),
+    ],
+)
+def test_modules_may_have_bits_of_their_own(
+    small_model: Path, tmp_path: Path, layout: str, key: str, rules: dict[str, dict[str, Any]]
+) -> None:
+    """As GPTQModel and auto-round state it: v_proj of layer 0 is left in floats, down_proj has 8 bits."""
+    folder = tmp_path / "model"
+    weights = write_quantized(small_model, folder, LAYOUTS[layout])
+    wide = write_quantized(small_model, tmp_path / "wide", LAYOUTS["gptq 8 bits"])
+    plain = load_file(small_model / "model.safetensors")
+    tensors, others = load_file(folder / "model.safetensors"), load_file(tmp_path / "wide" / "model.safetensors")
+    for name in [name for name in weights if "down_proj" in name or "layers.0.self_attn.v_proj" in name]:
+        module = name.removesuffix("weight")
+        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(module)}
+        if "v_proj" in name:
+            weights[name] = tensors[name] = plain[name]
+        else:
+            weights[name] = wide[name]
+            tensors |= {key: tensor for key, tensor in others.items() if key.startswith(module)}
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"][key] = rules
+    (folder / "config.json").write_text(json.dumps(config))
+    checkpoint = open_checkpoint(folder)
+    for name, weight in weights.items():
+        assert torch.equal(checkpoint.tensor(name), weight), name
+    oracle = Reference(checkpoint.config, plain | weights)
+    expected = [tuple(oracle.generate(list(prompt.encode()), 12, ignore_eos=True)) for prompt in PROMPTS]
+    assert generate(EngineConfig(model=str(folder), block_size=4, num_blocks=64)) == expected
+
+
 def test_zero_biases_and_old_config_files_of_autogptq_are_understood(small_model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     weights = write_quantized(small_model, folder, LAYOUTS["gptq v1"])
@@ -161,6 +208,14 @@ def test_groups_that_cannot_be_are_named(small_model: Path, tmp_path: Path, name
         ({"quant_method": "awq", "bits": 4, "group_size": 20}, "has 64 inputs, which groups of 20 do not divide"),
         (compressed_config(4, 16, symmetric=True, form="marlin-24"), "format 'marlin-24'"),
         (compressed_config(4, 16, symmetric=True, form="pack-quantized", type="float"), "type 'float'"),
+        (
+            compressed_config(4, 16, symmetric=True, form="pack-quantized")
+            | {"transform_config": {"config_groups": {"v": {"apply": [{"location": "input"}]}}}},
+            "transform_config.config_groups.v",
+        ),
+        (auto_round_config(4, "auto_round:mlx", symmetric=True), "packing_format 'auto_round:mlx'"),
+        (auto_round_config(4, "auto_round", symmetric=True, data_type="mx_fp"), "data_type 'mx_fp'"),
+        (auto_round_config(4, "auto_round", symmetric=True, extra_config={"[": {"bits": 8}}), "no regular expression"),
         (
             compressed_config(4, None, symmetric=True, form="pack-quantized", actorder="group"),
             "actorder 'group' in config.json is not supported",

@@ -25,7 +25,7 @@ _NIBBLE_OF_COLUMN = (0, 4, 1, 5, 2, 6, 3, 7)  # the inverse of (0, 2, 4, 6, 1, 3
 
 def parse(settings: Settings) -> Awq:
     settings.choice("bits", (4,), settings.get("w_bit"))
-    settings.choice("zero_point", (True,), True)
+    settings.choice("zero_point", (True, False), True)  # without: qzeros are there all the same, 8 everywhere
     return Awq(
         settings.group_size(settings.get("q_group_size", 128)), settings.choice("version", ("gemm", "gemv"), "gemm")
     )

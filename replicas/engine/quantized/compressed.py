@@ -39,7 +39,18 @@ def parse(settings: Settings) -> Compressed:
         raise settings.refusal("config_groups", {}, "it must state how weights are stored")
     if "kv_cache_scheme" in settings:
         raise settings.refusal("kv_cache_scheme", settings.get("kv_cache_scheme"), "use the setting kv_cache_dtype")
+    _no_rotations_at_run_time(settings)
     return Compressed(tuple(schemes), min(scheme.bits for scheme in schemes))
+
+
+def _no_rotations_at_run_time(settings: Settings) -> None:
+    """ConfigError for a transform of activations; those that were folded into weights need nothing."""
+    if "transform_config" not in settings:
+        return
+    for name, transform in settings.inner("transform_config").objects("config_groups").items():
+        places = [applied.get("location") for applied in transform.get("apply", ())]
+        if any(not str(place).startswith("weight_") for place in places):
+            raise settings.refusal(f"transform_config.config_groups.{name}", places, "supported: weight_*")
 
 
 def _scheme(group: Settings, overall: object) -> Scheme:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from replicas.engine.quantized import awq, compressed, gptq
+from replicas.engine.quantized import auto_round, awq, compressed, gptq
 from replicas.engine.quantized.settings import Malformed, Need, Settings
 from replicas.engine.quantized.weight import QuantizedWeight
 from replicas.protocol import ConfigError
@@ -40,6 +40,7 @@ READERS: Mapping[str, Callable[[Settings], WeightFormat]] = {
     "awq": awq.parse,
     "gptq": gptq.parse,
     "compressed-tensors": compressed.parse,
+    "auto-round": auto_round.parse,
 }
 
 

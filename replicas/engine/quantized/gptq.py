@@ -8,6 +8,7 @@
     w[k, n] = s[g_idx[k], n] * (q[k, n] - z[g_idx[k], n])
 
 checkpoint_format "gptq" (v1) stores z - 1, "gptq_v2" stores z.
+dynamic: "+:pattern" names modules with settings of their own, "-:pattern" those that were left as floats.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from replicas.engine.quantized.layerwise import Layerwise, rules
 from replicas.engine.quantized.packing import unpack
 from replicas.engine.quantized.settings import FLOATS, Malformed, Need, Settings, finite, whole_words
 from replicas.engine.quantized.weight import QuantizedWeight, sort_by_group
@@ -26,10 +28,20 @@ from replicas.engine.quantized.weight import QuantizedWeight, sort_by_group
 logger = logging.getLogger(__name__)
 
 
-def parse(settings: Settings) -> Gptq:
+def parse(settings: Settings) -> Gptq | Layerwise:
+    uniform = _uniform(settings)
+    changes = {
+        rule.removeprefix("+:"): change
+        for rule, change in settings.objects("dynamic").items()
+        if not rule.startswith("-:")  # what their weights' type says too
+    }
+    if not changes:
+        return uniform
+    return Layerwise(uniform.name, uniform, rules(changes, "dynamic", settings, _uniform))
+
+
+def _uniform(settings: Settings) -> Gptq:
     bits = settings.choice("bits", (2, 4, 8))  # integers of 3 bits straddle words: not built
-    if "dynamic" in settings:
-        raise settings.refusal("dynamic", settings.get("dynamic"), "all layers must have the same bits and group size")
     if bits == 2:
         logger.warning("weights of 2 bits lose much quality whatever made them; 4 bits are the least that lose little")
     return Gptq(

@@ -66,6 +66,14 @@ class Settings:
             raise self.refusal(key, value, "it must be an object")
         return Settings(value, f"{self._path}.{key}")
 
+    def objects(self, key: str) -> Mapping[str, Mapping[str, Any]]:
+        """An object of objects, such as settings by module; empty if it is not stated."""
+        return {name: self.inner(key).inner(name)._values for name in self.get(key, {})}
+
+    def replaced(self, changes: Mapping[str, Any]) -> Settings:
+        """These with `changes` over them."""
+        return Settings({**self._values, **changes}, self._path)
+
     def refusal(self, key: str, value: Any, why: str) -> ConfigError:
         return ConfigError(f"{self._path}.{key} {value!r} in config.json is not supported; {why}")
 
