@@ -66,7 +66,7 @@ CATALOGUE: Mapping[str, Bundled] = {
 
 # Folders of ours: what a model's guesses are made with (docs/speculation.md).
 RELEASE = Path(__file__).parent / "release"
-RELEASED = ("smollm2-135m-instruct-draft",)
+RELEASED = ("smollm2-135m-instruct-draft", "smollm2-135m-instruct-heads")
 
 
 def pull(source: str, progress: Progress | None = None) -> Path:

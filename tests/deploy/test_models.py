@@ -169,11 +169,13 @@ def quiet() -> Progress:
     return Progress(disable=True)
 
 
-def test_a_released_draft_lies_in_the_repository_and_is_missed_by_name(
+def test_what_is_released_lies_in_the_package_and_is_missed_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = models.resolve(models.RELEASED[0])
-    assert (folder / "draft.json").is_file()
+    draft, heads = map(models.resolve, models.RELEASED)
+    assert (draft / "draft.json").is_file()
+    assert (heads / "heads.json").is_file()
+    assert sum(file.stat().st_size for file in models.RELEASE.rglob("*") if file.is_file()) < 20e6
     with pytest.raises(ConfigError, match="did you mean 'smollm2-135m-instruct-draft'"):
         models.resolve("smollm2-135m-instruct-drft")
     monkeypatch.setattr(models, "RELEASE", tmp_path)
