@@ -7,7 +7,7 @@ CONSTRAINTS ?= -c constraints.txt
 EXTRAS ?= test
 MODEL ?= smollm2-135m-instruct
 
-.PHONY: up test install lint format bench-engine bench-gateway bench-batching bench-quant bench-load check-load peers techniques clean
+.PHONY: up test install lint format bench-engine bench-gateway bench-batching bench-quant bench-spec bench-load check-load peers techniques clean
 
 up: install
 	$(BIN)/signalbox up
@@ -56,6 +56,14 @@ check-load: install
 # Signalbox and its peers under the same load, side by side; makes the peers' environments in .peers on the first run.
 peers: install
 	$(BIN)/signalbox load peers --json build/peers.json --html build/peers.html
+
+# Speculation off and on, on three kinds of text and at batch 16; WEIGHTS=auto for the file's own 4 bits.
+WEIGHTS ?= none
+bench-spec: install
+	$(BIN)/python -m replicas.engine.bench_spec --model "$$($(BIN)/signalbox models pull $(MODEL))" \
+		--quantization $(WEIGHTS) --turns 4 --output 96 --try '{"method": "ngram"}' \
+		--try "{\"method\": [\"ngram\", \"medusa\"], \"heads\": \"$$($(BIN)/signalbox models pull $(MODEL)-heads)\"}" \
+		--try "{\"method\": [\"ngram\", \"draft_model\"], \"model\": \"$$($(BIN)/signalbox models pull $(MODEL)-draft)\"}"
 
 # Perplexity and size of quantised weights: make bench-quant TEXT=wikitext2_valid.txt
 bench-quant: install
