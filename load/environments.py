@@ -75,6 +75,11 @@ LLAMA_CPP = Environment(
 TRANSFORMERS = Environment("transformers", ("transformers[serving]==5.24.0", "accelerate==1.15.0", _TORCH))
 # the newest whose proxy's own parts (litellm-enterprise, litellm-proxy-extras) are on PyPI
 LITELLM = Environment("litellm", ("litellm[proxy]==1.108.6",))
+# who writes quantised checkpoints (load/check_foreign.py); transformers is of another version in each
+AUTO_ROUND = Environment(
+    "auto-round", ("auto-round==0.16.1", "compressed-tensors==0.20.1", "gguf==0.19.0", "sentencepiece==0.2.3", _TORCH)
+)
+LLM_COMPRESSOR = Environment("llm-compressor", ("llmcompressor==0.14.0.1", _TORCH))
 GUIDELLM = Environment("guidellm", ("guidellm==0.8.1", _TORCH))
 
 
