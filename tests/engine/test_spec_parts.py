@@ -22,7 +22,7 @@ from replicas.engine.spec.cost import StepCost
 from replicas.engine.spec.draft_layers import STATES, DraftCheckpoint, own_tensors
 from replicas.engine.spec.lengths import choose_depth, choose_lengths
 from replicas.engine.spec.lookup import Index, Ngram, Suffix
-from replicas.engine.spec.make import Material, make_draft, make_heads, make_state_draft
+from replicas.engine.spec.make import Material, Progress, make_draft, make_heads, make_state_draft
 from replicas.engine.spec.self_text import OwnQuestions, Prompts, Sample, make_prompts, read_self_text, write_self_text
 from replicas.engine.spec.train import Vocabulary, measure_state_draft, split
 from replicas.protocol import ConfigError, FinishReason
@@ -261,6 +261,16 @@ def nothing(*_: Any) -> None:
     pass
 
 
+def loss_recorder() -> tuple[list[float], Progress]:
+    losses: list[float] = []
+
+    def progress(stage: str, done: int, total: int, note: str) -> None:
+        if stage == "training":
+            losses.append(float(note.removeprefix("loss ")))
+
+    return losses, progress
+
+
 def material(model: Path, tmp_path: Path) -> Material:
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"prompt": f"prompt {i % 5} "}) + "\n" for i in range(60)))
@@ -292,12 +302,7 @@ def test_prompts_are_framed_and_every_source_is_one_list(tmp_path: Path) -> None
 def test_heads_are_trained_saved_and_taken_up_where_they_were(tiny_model: Path, tmp_path: Path) -> None:
     made = material(tiny_model, tmp_path)
     options: dict[str, Any] = {"num_heads": 2, "sequential": True, "batch": 64, "progress": nothing}
-    losses: list[float] = []
-
-    def progress(stage: str, done: int, total: int, note: str) -> None:
-        if stage == "training":
-            losses.append(float(note.removeprefix("loss ")))
-
+    losses, progress = loss_recorder()
     [after, both] = make_heads(made, steps=120, **{**options, "progress": progress})
     assert losses[-1] < losses[0]
     assert both <= after
@@ -340,12 +345,7 @@ def test_states_of_the_models_own_text_are_those_its_tokens_came_from(tiny_model
 
 def test_a_draft_is_distilled_and_taken(tiny_model: Path, tmp_path: Path) -> None:
     made = material(tiny_model, tmp_path)
-    losses: list[float] = []
-
-    def progress(stage: str, done: int, total: int, note: str) -> None:
-        if stage == "training":
-            losses.append(float(note.removeprefix("loss ")))
-
+    losses, progress = loss_recorder()
     assert 0 < make_draft(made, layers=(0,), steps=75, batch=4, progress=progress) < 1
     assert losses == sorted(losses, reverse=True)
     assert len(losses) == 3
@@ -354,12 +354,7 @@ def test_a_draft_is_distilled_and_taken(tiny_model: Path, tmp_path: Path) -> Non
 
 def test_a_draft_on_states_is_distilled_and_taken(tiny_model: Path, tmp_path: Path) -> None:
     made = material(tiny_model, tmp_path)
-    losses: list[float] = []
-
-    def progress(stage: str, done: int, total: int, note: str) -> None:
-        if stage == "training":
-            losses.append(float(note.removeprefix("loss ")))
-
+    losses, progress = loss_recorder()
     shares = make_state_draft(made, layers=(1,), depth=2, steps=75, batch=8, progress=progress)
     assert losses[-1] < losses[0]
     assert 0 <= shares[1] <= shares[0] < 1

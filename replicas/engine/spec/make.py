@@ -26,6 +26,7 @@ from replicas.engine.spec.draft_layers import (
 from replicas.engine.spec.heads import HeadsConfig, save_heads
 from replicas.engine.spec.self_text import Sample, frequent_tokens, make_prompts, read_self_text, write_self_text
 from replicas.engine.spec.train import (
+    Report,
     Schedule,
     Vocabulary,
     measure_draft,
@@ -75,6 +76,10 @@ def _learn_from(material: Material, progress: Progress) -> tuple[Checkpoint, lis
     return checkpoint, learn, measure, Vocabulary(embed, output, targets)
 
 
+def _training(progress: Progress, steps: int) -> Report:
+    return lambda step, loss: progress("training", step, steps, f"loss {loss:.3f}")
+
+
 def make_heads(
     material: Material, *, num_heads: int, sequential: bool, steps: int, batch: int, progress: Progress
 ) -> list[float]:
@@ -94,7 +99,7 @@ def make_heads(
         vocabulary,
         Schedule(steps=steps, batch=batch, rate=2e-3),
         material.out / "work" / f"heads-{num_heads}-{int(sequential)}.pt",
-        lambda step, loss: progress("training", step, steps, f"loss {loss:.3f}"),
+        _training(progress, steps),
     )
     save_heads(material.out, config, {**tensors, "targets": vocabulary.targets})
     return measure_heads(tensors, measure, config, vocabulary)
@@ -111,7 +116,7 @@ def make_draft(material: Material, *, layers: tuple[int, ...], steps: int, batch
         vocabulary,
         Schedule(steps=steps, batch=batch, rate=5e-4),
         material.out / "work" / f"draft-{'-'.join(map(str, layers))}.pt",
-        lambda step, loss: progress("training", step, steps, f"loss {loss:.3f}"),
+        _training(progress, steps),
     )
     kept = _save(material.out, checkpoint, layers, TOKENS, tensors, vocabulary)
     return measure_draft(kept, measure, shape, vocabulary)
@@ -131,7 +136,7 @@ def make_state_draft(
         depth,
         Schedule(steps=steps, batch=batch, rate=2e-3),
         material.out / "work" / f"states-{'-'.join(map(str, layers))}-{depth}.pt",
-        lambda step, loss: progress("training", step, steps, f"loss {loss:.3f}"),
+        _training(progress, steps),
     )
     kept = _save(material.out, checkpoint, layers, STATES, tensors, vocabulary)
     return measure_state_draft(kept, measure, shape, vocabulary, depth)

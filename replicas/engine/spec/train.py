@@ -289,6 +289,13 @@ def _padded(samples: list[Sample]) -> tuple[Tensor, Tensor]:
     return tokens, wanted
 
 
+def _batches(by_length: list[Sample], schedule: Schedule) -> Callable[[int], list[Sample]]:
+    """By step, neighbours in length: little of a batch is padding."""
+    generator = np.random.default_rng(schedule.seed)
+    starts = generator.integers(0, max(len(by_length) - schedule.batch, 0) + 1, schedule.steps)
+    return lambda step: by_length[starts[step] : starts[step] + schedule.batch]
+
+
 def train_draft(
     samples: list[Sample],
     weights: dict[str, Tensor],
@@ -301,12 +308,10 @@ def train_draft(
     """Fine-tuned copies of `weights` (draft_layers.layer_tensors); config: the shallow model's."""
     trained = {name: nn.Parameter(tensor.clone()) for name, tensor in weights.items()}
     layers = Layers(trained, config, 1 + max(len(s.prompt) + len(s.output) for s in samples))
-    by_length = sorted(samples, key=lambda s: len(s.prompt) + len(s.output))
-    generator = np.random.default_rng(schedule.seed)
-    starts = generator.integers(0, max(len(by_length) - schedule.batch, 0) + 1, schedule.steps)
+    batch_of = _batches(sorted(samples, key=lambda s: len(s.prompt) + len(s.output)), schedule)
 
     def loss_of(step: int) -> Tensor:
-        tokens, wanted = _padded(by_length[starts[step] : starts[step] + schedule.batch])
+        tokens, wanted = _padded(batch_of(step))
         hidden = layers(vocabulary.embed[tokens])
         asked = wanted != IGNORED
         return _cross_entropy(functional.linear(hidden[asked], vocabulary.output), wanted[asked], vocabulary)
@@ -413,12 +418,10 @@ def train_state_draft(
 ) -> dict[str, Tensor]:
     """Trained copies of `weights` (draft_layers.state_tensors), for guesses up to `depth` ahead."""
     trained = {name: nn.Parameter(tensor.clone()) for name, tensor in weights.items()}
-    by_length = sorted((s for s in samples if len(s.states) > 2), key=lambda s: len(s.states))
-    generator = np.random.default_rng(schedule.seed)
-    starts = generator.integers(0, max(len(by_length) - schedule.batch, 0) + 1, schedule.steps)
+    batch_of = _batches(sorted((s for s in samples if len(s.states) > 2), key=lambda s: len(s.states)), schedule)
 
     def loss_of(step: int) -> Tensor:
-        tokens, states, counts = _outputs(by_length[starts[step] : starts[step] + schedule.batch])
+        tokens, states, counts = _outputs(batch_of(step))
         place = torch.arange(tokens.shape[1])
         known = place < counts[:, None] - 1  # the next token's distribution is there
         total = torch.zeros(())
