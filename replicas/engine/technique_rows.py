@@ -73,11 +73,13 @@ class Side:
 
 
 def flow(value: Any) -> str:
-    """YAML in flow style, of what settings are made of."""
+    """YAML in flow style, of what settings are made of; of a path its last part, for results travel."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key}: {flow(one)}" for key, one in value.items()) + "}"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, str):
+        return Path(value).name
     if isinstance(value, tuple):
         return "[" + ", ".join(map(flow, value)) + "]"
     return str(value)

@@ -118,3 +118,9 @@ def test_bad_options_are_refused_by_name(
         ended = int(str(error.code))
     assert ended == status
     assert said in capsys.readouterr().err
+
+
+def test_a_results_fleet_line_names_a_draft_without_this_machines_folders(tmp_path: Path) -> None:
+    row = ROWS["speculation"](Inputs(tmp_path / "model", tmp_path, draft=tmp_path / "a-draft"))
+    assert "speculative: {method: [ngram, draft_model], model: a-draft}" in row.on.fleet
+    assert row.on.settings["speculative"]["model"] == str(tmp_path / "a-draft")
