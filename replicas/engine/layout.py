@@ -34,10 +34,13 @@ class Layout:
     def rows_in_use(self) -> int:
         return len(self.table) - len(self._free_rows)
 
-    def __call__(self, items: Seq[tuple[Sequence, int]], drawn: Tensor | None = None) -> StepBatch:
+    def __call__(
+        self, items: Seq[tuple[Sequence, int]], drawn: Tensor | None = None, more_places: int = 0
+    ) -> StepBatch:
         """items: (sequence, number of its tokens and drafts to compute), block lists already long enough.
 
-        drawn: int64 [R], where the device holds the tokens that are `pending`.
+        drawn: int64 [R], where the device holds the tokens that are `pending`. more_places: behind the last one of each
+        sequence whose blocks shall stand in the tables too.
         """
         counts = np.fromiter((count for _, count in items), dtype=np.int64, count=len(items))
         computed = np.fromiter((seq.num_computed for seq, _ in items), dtype=np.int64, count=len(items))
@@ -50,7 +53,7 @@ class Layout:
             token_ids += known + seq.drafts[: count - len(known)] if len(known) < count else known
         total = int(ends[-1])
         positions = np.arange(total) + np.repeat(computed - (ends - counts), counts)
-        table = self.table[rows, : -(-int(lens.max()) // self.block_size)]
+        table = self.table[rows, : -(-(int(lens.max()) + more_places) // self.block_size)]
         owners = np.repeat(np.arange(len(items)), counts)
         slots = table[owners, positions // self.block_size].astype(np.int64) * self.block_size
         slots += positions % self.block_size

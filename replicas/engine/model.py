@@ -6,9 +6,8 @@ Embeddings, layers (stack.py), head. Knows neither requests nor block tables.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ class Decoder:
 
     num_layers, num_kv_heads, head_dim: the shape of the cache it writes. weight_bytes: all weights as held, tied ones
     once; layer_bytes, head_bytes: those of the matrices of the layers and of the head. max_model_len: positions its
-    rotary table covers.
+    rotary table covers. embedding: a table [V, H], or the layer whose rows it is. stack: the layers.
     """
 
     def __init__(
@@ -53,18 +52,17 @@ class Decoder:
             self.layer_bytes = sum(matrix.nbytes for layer in layers for matrix in layer.matrices)
             final_norm = loader.tensor("model.norm.weight")
             self._head: Linear
-            self._embed: Callable[[Tensor], Tensor]
+            self.embedding: Linear | Tensor
             if shared is not None:
-                self._head, self._embed = shared._head, shared._embed
+                self._head, self.embedding = shared._head, shared.embedding
             elif config.tie_word_embeddings:  # one copy, in the layout that the head's product wants
-                self._head = loader.linear(["model.embed_tokens"], bias=False)
-                self._embed = partial(_embed, self._head, dtype)
+                self._head = self.embedding = loader.linear(["model.embed_tokens"], bias=False)
             else:
                 self._head = loader.linear(["lm_head"], bias=False)
-                self._embed = partial(_rows, loader.tensor("model.embed_tokens.weight"))
+                self.embedding = loader.tensor("model.embed_tokens.weight")
             self.head_bytes = self._head.nbytes
             cos_sin = rope_table(config, self.max_model_len).to(device)
-        self._stack = choose_stack(Weights(layers, final_norm, cos_sin), config, ops, attention)
+        self.stack = choose_stack(Weights(layers, final_norm, cos_sin), config, ops, attention)
         self.weight_bytes = loader.bytes_read
 
     @classmethod
@@ -92,7 +90,7 @@ class Decoder:
     @torch.inference_mode()
     def layers(self, inputs: Tensor, batch: StepBatch, caches: Sequence[LayerCache]) -> Tensor:
         """`hidden` of inputs [T, H], which may be overwritten, in place of the embeddings of batch.token_ids."""
-        return self._stack(inputs, batch, caches)
+        return self.stack(inputs, batch, caches)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -109,7 +107,9 @@ class Decoder:
     @torch.inference_mode()
     def embed(self, token_ids: Tensor) -> Tensor:
         """int64 [T] -> [T, H]."""
-        return self._embed(token_ids)
+        if isinstance(self.embedding, Tensor):
+            return torch.nn.functional.embedding(token_ids, self.embedding)
+        return self.embedding.rows(token_ids).to(self.dtype)
 
 
 @contextmanager
@@ -123,14 +123,6 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _rows(table: Tensor, ids: Tensor) -> Tensor:
-    return torch.nn.functional.embedding(ids, table)
-
-
-def _embed(head: Linear, dtype: torch.dtype, ids: Tensor) -> Tensor:
-    return head.rows(ids).to(dtype)
 
 
 def _alike(parts: Sequence[Tensor | QuantizedWeight]) -> bool:

@@ -189,7 +189,7 @@ def test_one_call_for_all_layers_gives_the_bits_of_one_call_each(kind: str, save
     config, cpu, attention = EngineConfig(model=str(folder)), torch.device("cpu"), NativeAttention(kernels("native"))
     fused = Decoder.load(config, NativeOps(kernels("native")), attention, cpu, torch.float32)
     plain = Decoder.load(config, OneCallEach(kernels("native")), attention, cpu, torch.float32)
-    assert type(fused._stack) is not type(plain._stack)
+    assert type(fused.stack) is not type(plain.stack)
     pair = [Paged(decoder, 4) for decoder in (fused, plain)]
     a, b, c = tokens(20, 1), tokens(30, 2), tokens(9, 3)
     for pieces, rows in (

@@ -12,6 +12,7 @@
 
 #include <algorithm>
 
+#include "gemm.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -90,6 +91,74 @@ void dequantise_slice(const Linear& w, int64_t panel, int64_t k0, int64_t kc, fl
             words + k / PER * PANEL, (end - k) / PER, first, second, out + (k - k0) * PANEL);
         k = end;
     }
+}
+
+// As tile_kernel in gemm.h, of NP panels whose weights are made of codes in registers: for one block of rows, which is
+// all that uses them. Weights and products are those of a slice that was dequantised before, bit for bit.
+template <int MR, int NP, int BITS, bool DIFFERENCE>
+void codes_kernel(const Tile& t, const Linear& w, int64_t panel, int64_t k0) {
+    constexpr int NV = 2 * NP, PER = 32 / BITS, MASK = (1 << BITS) - 1;
+    const Codes& codes = *w.codes;
+    const int64_t groups = (w.k + codes.group - 1) / codes.group, step = w.k / PER * PANEL;
+    vec acc[MR][NV];
+    for (int i = 0; i < MR; i++)
+        for (int j = 0; j < NV; j++) acc[i][j] = t.init ? load(t.init + i * t.init_ld + j * LANES) : vec{};
+    const float* a = t.a;
+    const uint32_t* words = codes.words + panel * step + k0 / PER * PANEL;
+    for (int64_t k = k0; k < k0 + t.kc;) {
+        const int64_t group = k / codes.group, end = std::min((group + 1) * codes.group, k0 + t.kc);
+        vec scale[NV], shift[NV];  // shift: zeros or offsets
+        for (int v = 0; v < NV; v++) {
+            const GroupGrid grid = GroupGrid::at(codes, ((panel + v / 2) * groups + group) * PANEL + v % 2 * LANES);
+            scale[v] = grid.scale;
+            shift[v] = DIFFERENCE ? grid.zero : grid.offset;
+        }
+        for (; k < end; k += PER, words += PANEL) {
+            veci packed[NV];
+            for (int v = 0; v < NV; v++) packed[v] = load_words(words + v / 2 * step + v % 2 * LANES);
+            for (int p = 0; p < NP; p++)
+                for (int line = 0; line < PANEL * 4; line += 64)
+                    __builtin_prefetch(reinterpret_cast<const char*>(words + p * step) + AHEAD + line, 0, 2);
+#pragma GCC unroll 16
+            for (int j = 0; j < PER; j++) {
+                for (int v = 0; v < NV; v++) {
+                    const vec code = __builtin_convertvector((packed[v] >> (BITS * j)) & MASK, vec);
+                    const vec weight = DIFFERENCE ? (code - shift[v]) * scale[v] : code * scale[v] + shift[v];
+                    for (int i = 0; i < MR; i++) acc[i][v] += splat(a[i]) * weight;
+                }
+                a += MR;
+            }
+        }
+    }
+    for (int i = 0; i < MR; i++)
+        for (int j = 0; j < NV; j++) store(t.c + i * t.c_ld + j * LANES, acc[i][j]);
+}
+
+typedef void (*CodesKernel)(const Tile&, const Linear&, int64_t panel, int64_t k0);
+
+constexpr int CODES_ROWS = std::min(MAX_ROWS, 12);  // with more, accumulators and grids do not fit the registers
+
+// Two panels where their accumulators fit: grids and codes take as many registers again.
+constexpr int codes_panels(int rows, int64_t available) { return available >= 2 && rows <= 4 ? 2 : 1; }
+
+template <int NP, int BITS, bool DIFFERENCE, int... R>
+CodesKernel pick_codes_rows(int rows, std::integer_sequence<int, R...>) {
+    static const CodesKernel table[] = {codes_kernel<R + 1, codes_panels(R + 1, NP), BITS, DIFFERENCE>...};
+    return table[rows - 1];
+}
+
+template <int BITS, bool DIFFERENCE>
+CodesKernel codes_kernel_of(int rows, int panels) {
+    constexpr auto all = std::make_integer_sequence<int, CODES_ROWS>{};
+    return panels == 2 ? pick_codes_rows<2, BITS, DIFFERENCE>(rows, all) : pick_codes_rows<1, BITS, DIFFERENCE>(rows, all);
+}
+
+// The kernel for `rows` in 1..CODES_ROWS and `panels` as codes_panels gave it.
+SB_INLINE CodesKernel codes_kernel_for(const Codes& codes, int rows, int panels) {
+    const bool difference = codes.scale_kind == KIND_F32 && !(codes.origins && codes.origin_kind == KIND_F32);
+    if (codes.bits == 4) return difference ? codes_kernel_of<4, true>(rows, panels) : codes_kernel_of<4, false>(rows, panels);
+    if (codes.bits == 8) return difference ? codes_kernel_of<8, true>(rows, panels) : codes_kernel_of<8, false>(rows, panels);
+    return difference ? codes_kernel_of<2, true>(rows, panels) : codes_kernel_of<2, false>(rows, panels);
 }
 
 SB_INLINE void dequantise(const Linear& w, int64_t panel, int64_t k0, int64_t kc, float* out) {

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCE_DIR = Path(__file__).parent
-SOURCES = ("gemm.cpp", "attention.cpp", "elementwise.cpp", "stack.cpp")
+SOURCES = ("gemm.cpp", "attention.cpp", "elementwise.cpp", "stack.cpp", "chain.cpp")
 # No -ffast-math: kernels mask with infinities. Contraction to fused multiply-adds is what "one chain" means in simd.h.
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast")
 COMPILE_TIMEOUT_S = 300

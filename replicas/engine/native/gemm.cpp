@@ -41,7 +41,7 @@ const float* dequantised(const Linear& w, int64_t panel, int panels, int64_t k0,
     return out;
 }
 
-// Rows k0 .. k0 + kc of some panels, at b, with every row block.
+// Rows k0 .. k0 + kc of some panels, at b, with every row block; b null: codes, with the only row block.
 void pass(const Call& call, int64_t panel, int panels, int64_t k0, int64_t kc, const float* b, int64_t b_panel,
           int64_t block0, int64_t block1) {
     const Linear& w = call.w;
@@ -72,18 +72,27 @@ void pass(const Call& call, int64_t panel, int panels, int64_t k0, int64_t kc, c
         // While row blocks pass over this slice, the next panel's slice comes in, an equal share with each block.
         t.prefetch = reinterpret_cast<const char*>(b + panels * w.k * PANEL) + (i - block0) * bytes / spread;
         t.prefetch_step = std::max<int64_t>(1, PANEL * 4 / spread);
-        (w.codes ? tile_for<0, Nothing>(rows, panels)
-         : spread == 1 ? tile_for<0, Stream>(rows, panels)
-                       : tile_for<0, Spread>(rows, panels))(t);
+        if (!b)
+            codes_kernel_for(*w.codes, rows, panels)(t, w, panel, k0);
+        else
+            (w.codes ? tile_for<0, Nothing>(rows, panels)
+             : spread == 1 ? tile_for<0, Stream>(rows, panels)
+                           : tile_for<0, Spread>(rows, panels))(t);
         if (partial)
             for (int r = 0; r < rows; r++)
                 std::memcpy(c + r * call.y_ld, edge + r * t.c_ld, (w.n - column) * 4);
     }
 }
 
+// Whether codes become weights in the registers of the only block of rows that uses them.
+bool in_registers(const Call& call, int64_t block0, int64_t block1) {
+    return call.w.codes && block1 - block0 == 1 && call.blocks.height(block0) <= CODES_ROWS;
+}
+
 void panel_slice(const Call& call, int64_t panel, int panels, int64_t k0, int64_t kc, int64_t block0, int64_t block1) {
     const Linear& w = call.w;
     if (!w.codes) return pass(call, panel, panels, k0, kc, w.packed + (panel * w.k + k0) * PANEL, w.k * PANEL, block0, block1);
+    if (in_registers(call, block0, block1)) return pass(call, panel, panels, k0, kc, nullptr, 0, block0, block1);
     const int64_t depth = CODES_DEPTH / panels;
     for (int64_t k = k0; k < k0 + kc; k += depth) {
         const int64_t count = std::min(depth, k0 + kc - k);
@@ -100,7 +109,8 @@ void panels_range(const Call& call, int64_t p0, int64_t p1, int64_t block0, int6
         const int64_t k0 = k * s / slices / align * align;
         const int64_t kc = (s + 1 < slices ? k * (s + 1) / slices / align * align : k) - k0;
         for (int64_t p = p0; p < p1;) {
-            const int panels = single ? panels_at_once(call.blocks.height(block0), p1 - p) : 1;
+            const int height = call.blocks.height(block0);
+            const int panels = !single ? 1 : in_registers(call, block0, block1) ? codes_panels(height, p1 - p) : panels_at_once(height, p1 - p);
             panel_slice(call, p, panels, k0, kc, block0, block1);
             p += panels;
         }

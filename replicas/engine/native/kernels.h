@@ -47,6 +47,21 @@ struct Cache {
     float *key_scales, *value_scales;
 };
 
+struct Layer {
+    const float *input_norm, *q_norm, *k_norm, *post_norm;  // q_norm and k_norm: both null, or weights [head_dim]
+    const Linear *qkv, *o, *gate_up, *down;
+    Cache cache;
+    int64_t window;        // 0: none
+};
+
+struct Stack {
+    const Layer* layers;
+    const float* final_norm;
+    const float* cos_sin;
+    int64_t num_layers, hidden, inner;
+    float eps;
+};
+
 }  // namespace sb
 
 SB_EXPORT void sb_linear(const sb::Linear* w, const float* x, int64_t x_ld, float* y, int64_t m, int threads);
@@ -68,3 +83,9 @@ SB_EXPORT void sb_rope(float* q, int64_t q_row, int64_t q_head, int64_t q_heads,
                        int64_t head_dim, int threads);
 
 SB_EXPORT void sb_silu_mul(const float* gate_up, int64_t rows, int64_t width, float* out, int threads);
+
+// residual [tokens, hidden]: the embeddings; overwritten. out [wanted, hidden]: the final norm of `rows` (ascending).
+SB_EXPORT void sb_stack(const sb::Stack* stack, const sb::Batch* batch, const sb::Shape* shape, const int64_t* positions,
+                        float* residual, const int64_t* rows, int64_t wanted, float* out);
+
+SB_EXPORT void sb_unpack_rows(const sb::Linear* w, const int64_t* rows, int64_t count, float* out);

@@ -12,6 +12,13 @@ import torch
 NUMBER_KINDS = (torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.int16)
 
 
+def pointer(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> int:
+    """Where a contiguous tensor of `dtype` lies; AssertionError naming it if it is not one."""
+    assert tensor.dtype is dtype, f"{name} must be {dtype}, got {tensor.dtype}"
+    assert tensor.is_contiguous(), f"{name} must be contiguous"
+    return tensor.data_ptr()
+
+
 class LinearWeights(ctypes.Structure):
     """`Linear` in kernels.h. packed: ceil(n / panel) panels of [k][panel], or None where codes is the address of a
     WeightCodes; bias: padded to whole panels, or None."""
@@ -67,7 +74,7 @@ class CachePointers(ctypes.Structure):
 
 
 class StackLayer(ctypes.Structure):
-    """`Layer` in stack.cpp; q_norm and k_norm may be None, window 0 means none."""
+    """`Layer` in kernels.h; q_norm and k_norm may be None, window 0 means none."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("input_norm", "q_norm", "k_norm", "post_norm")),
@@ -77,13 +84,19 @@ class StackLayer(ctypes.Structure):
 
 
 class StackWeights(ctypes.Structure):
-    """`Stack` in stack.cpp."""
+    """`Stack` in kernels.h."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("layers", "final_norm", "cos_sin")),
         *((name, c_int64) for name in ("num_layers", "hidden", "inner")),
         ("eps", c_float),
     )
+
+
+class ChainParts(ctypes.Structure):
+    """`Chain` in chain.cpp; one of embedding and table is None."""
+
+    _fields_ = tuple((name, c_void_p) for name in ("stack", "fuse", "head", "embedding", "table", "targets"))
 
 
 class Library:
@@ -115,6 +128,11 @@ class Library:
             *(POINTER(StackWeights), POINTER(AttentionBatch), POINTER(AttentionShape)),
             *(c_void_p, c_void_p, c_void_p, c_int64, c_void_p),
         )
+        self.chain = long.sb_chain
+        self.chain.argtypes = (
+            *(POINTER(ChainParts), POINTER(AttentionBatch), POINTER(AttentionShape)),
+            *(c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p),
+        )
         self.rms_norm = short.sb_rms_norm
         self.rms_norm.argtypes = (c_void_p, c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p, c_int)
         self.rope = short.sb_rope
@@ -127,6 +145,7 @@ class Library:
             self.unpack_rows,
             self.attention,
             self.stack,
+            self.chain,
             self.rms_norm,
             self.rope,
             self.silu_mul,

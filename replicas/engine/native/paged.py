@@ -9,7 +9,7 @@ from torch import Tensor
 
 from replicas.engine.attention import LayerCache
 from replicas.engine.batch import StepBatch
-from replicas.engine.native.library import AttentionBatch, AttentionShape, CachePointers, Library
+from replicas.engine.native.library import AttentionBatch, AttentionShape, CachePointers, Library, pointer
 
 _FORMATS = {"float32": 0, "int8": 1, "fp8_e4m3": 2}  # `Format` in kv_codes.h
 
@@ -66,10 +66,7 @@ def describe_batch(batch: StepBatch, into: AttentionBatch) -> None:
         ("context_lens", torch.int32),
         ("block_tables", torch.int32),
     ):
-        tensor: Tensor = getattr(batch, name)
-        assert tensor.dtype is dtype, f"{name} must be {dtype}, got {tensor.dtype}"
-        assert tensor.is_contiguous(), f"{name} must be contiguous"
-        setattr(into, name, tensor.data_ptr())
+        setattr(into, name, pointer(name, getattr(batch, name), dtype))
     into.block_table_ld = batch.block_tables.shape[1]
     into.sequences = batch.context_lens.shape[0]
     into.tokens = batch.slot_mapping.shape[0]

@@ -10,21 +10,6 @@ namespace sb {
 
 namespace {
 
-struct Layer {
-    const float *input_norm, *q_norm, *k_norm, *post_norm;  // q_norm and k_norm: both null, or weights [head_dim]
-    const Linear *qkv, *o, *gate_up, *down;
-    Cache cache;
-    int64_t window;        // 0: none
-};
-
-struct Stack {
-    const Layer* layers;
-    const float* final_norm;
-    const float* cos_sin;
-    int64_t num_layers, hidden, inner;
-    float eps;
-};
-
 void keep_rows(float* data, int64_t width, const int64_t* rows, int64_t count) {
     for (int64_t r = 0; r < count; r++) std::memmove(data + r * width, data + rows[r] * width, width * 4);
 }
@@ -35,7 +20,6 @@ void keep_rows(float* data, int64_t width, const int64_t* rows, int64_t count) {
 
 using namespace sb;
 
-// residual [tokens, hidden]: the embeddings; overwritten. out [wanted, hidden]: the final norm of `rows` (ascending).
 SB_EXPORT void sb_stack(const Stack* stack, const Batch* batch, const Shape* step_shape, const int64_t* positions,
                         float* residual, const int64_t* rows, int64_t wanted, float* out) {
     static thread_local Scratch x_scratch, fused_scratch, wide_scratch;

@@ -19,6 +19,7 @@ from replicas.engine.native.library import (
     Library,
     StackLayer,
     StackWeights,
+    pointer,
 )
 from replicas.engine.native.linear import NativeLinear
 from replicas.engine.native.paged import describe_batch, describe_cache
@@ -32,15 +33,12 @@ class NativeStack:
     def __init__(self, library: Library, weights: Weights, config: ModelConfig) -> None:
         self._run = library.stack
         self._weights = weights  # keeps alive what the structures below point to
-        self._hidden = config.hidden_size
+        self.hidden = config.hidden_size
         self._layers = (StackLayer * len(weights.layers))(*map(_describe_layer, weights.layers))
-        for tensor in (weights.final_norm, weights.cos_sin):
-            assert tensor.dtype is torch.float32, f"native kernels compute in float32, got {tensor.dtype}"
-            assert tensor.is_contiguous(), "norm weights and rotary table must be contiguous"
-        self._stack = StackWeights(
+        self.structure = StackWeights(
             ctypes.addressof(self._layers),
-            weights.final_norm.data_ptr(),
-            weights.cos_sin.data_ptr(),
+            pointer("final norm", weights.final_norm, torch.float32),
+            pointer("rotary table", weights.cos_sin, torch.float32),
             len(weights.layers),
             config.hidden_size,
             config.intermediate_size,
@@ -52,23 +50,28 @@ class NativeStack:
         self._caches: Sequence[LayerCache] | None = None
 
     def __call__(self, embeddings: Tensor, batch: StepBatch, caches: Sequence[LayerCache]) -> Tensor:
+        described, shape = self.describe(batch, caches)
+        rows = batch.logits_rows
+        out = torch.empty((len(rows), self.hidden))
+        self._run(
+            *(ctypes.byref(part) for part in (self.structure, described, shape)),
+            *(pointer("positions", batch.positions, torch.int64), self.inputs(embeddings, batch)),
+            *(pointer("logits_rows", rows, torch.int64), len(rows), out.data_ptr()),
+        )
+        return out
+
+    def describe(self, batch: StepBatch, caches: Sequence[LayerCache]) -> tuple[AttentionBatch, AttentionShape]:
+        """For the kernels; valid until the next call, while the caller keeps batch and caches alive."""
         if caches is not self._caches:
             self._use(caches)
         describe_batch(batch, self._batch)
-        rows = batch.logits_rows
-        for name, tensor in (("positions", batch.positions), ("logits_rows", rows)):
-            assert tensor.dtype is torch.int64, f"{name} must be int64, got {tensor.dtype}"
-            assert tensor.is_contiguous(), f"{name} must be contiguous"
-        assert embeddings.shape == (len(batch.positions), self._hidden), f"embeddings of shape {embeddings.shape}"
-        assert embeddings.dtype is torch.float32, f"native kernels compute in float32, got {embeddings.dtype}"
-        assert embeddings.is_contiguous(), "embeddings must be contiguous"
         self._shape.threads = torch.get_num_threads()
-        out = torch.empty((len(rows), self._hidden))
-        self._run(
-            *(ctypes.byref(part) for part in (self._stack, self._batch, self._shape)),
-            *(batch.positions.data_ptr(), embeddings.data_ptr(), rows.data_ptr(), len(rows), out.data_ptr()),
-        )
-        return out
+        return self._batch, self._shape
+
+    def inputs(self, rows: Tensor, batch: StepBatch) -> int:
+        """Where `rows` lie; AssertionError unless they are one of hidden size for each token of the batch."""
+        assert rows.shape == (len(batch.positions), self.hidden), f"inputs of shape {tuple(rows.shape)}"
+        return pointer("inputs", rows, torch.float32)
 
     def _use(self, caches: Sequence[LayerCache]) -> None:
         for layer, cache in zip(self._layers, caches, strict=True):
@@ -84,8 +87,7 @@ def _describe_layer(layer: Layer) -> StackLayer:
         return held.address
 
     def norm(weight: Tensor | None) -> int | None:
-        assert weight is None or (weight.dtype is torch.float32 and weight.is_contiguous()), "norm weights: float32"
-        return None if weight is None else weight.data_ptr()
+        return None if weight is None else pointer("norm weights", weight, torch.float32)
 
     assert (layer.q_norm is None) == (layer.k_norm is None), "queries and keys are normed both or not at all"
     return StackLayer(

@@ -15,6 +15,7 @@ from replicas.engine.loading import Loaded
 from replicas.engine.model import Decoder
 from replicas.engine.ops import Ops, choose_ops
 from replicas.engine.sampler import Typical
+from replicas.engine.spec.chain import choose_chain
 from replicas.engine.spec.config import Speculative
 from replicas.engine.spec.draft_layers import CONFIG as DRAFT_CONFIG
 from replicas.engine.spec.draft_layers import FUSE, STATES, DraftCheckpoint, SubsetHead, rounded_linear
@@ -84,10 +85,10 @@ def _draft_model(
             codes=ops.multiplies_quantized and loaded.device.type == "cpu",
         )
         decoder = _decoder(checkpoint, ops, loaded, max_model_len, shared=target)
-        head: Head = SubsetHead(target, checkpoint.targets, ops)
+        head: Head = (subset := SubsetHead(target, checkpoint.targets, ops))
         if checkpoint.fed_with == STATES:
             fuse = rounded_linear(checkpoint.tensor(FUSE).to(loaded.device, loaded.dtype), None, ops)
-            kind = partial(StateDraft, fuse)
+            kind = partial(StateDraft, choose_chain(decoder, fuse, subset))
     else:
         checkpoint = open_checkpoint(settings.model)
         if Tokenizer.load(checkpoint).vocabulary() != loaded.tokenizer.vocabulary():

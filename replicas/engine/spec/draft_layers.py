@@ -142,12 +142,12 @@ class SubsetHead:
     may. See `draft_model.Head`."""
 
     def __init__(self, target: Decoder, targets: Tensor, ops: Ops) -> None:
-        self._targets = targets.to(target.device, torch.int64)
-        self._output = rounded_linear(target.head_rows(self._targets).to(target.dtype), None, ops)
+        self.targets = targets.to(target.device, torch.int64)
+        self.output = rounded_linear(target.head_rows(self.targets).to(target.dtype), None, ops)
 
     def __call__(self, hidden: Tensor) -> tuple[Tensor, list[float]]:
-        at, sure = best_guesses(self._output(hidden).float())
-        return self._targets[at], sure
+        at, sure = best_guesses(self.output(hidden).float())
+        return self.targets[at], sure
 
 
 def rounded_linear(weight: Tensor, bias: Tensor | None, ops: Ops) -> Linear:

@@ -15,97 +15,69 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from replicas.engine.ops import Linear
 from replicas.engine.sequence import Sequence
+from replicas.engine.spec.chain import Chain
 from replicas.engine.spec.draft_model import Shadows
 from replicas.engine.spec.proposer import Proposal, level
 
-# Of a sequence that nobody asked about for a while only so many places are computed: the states know what was before.
+# Of a sequence that nobody asked about for a while only so many places are computed, so that a step's budget has room
+# for all: the states know what was before.
 _CATCH_UP = 32
 
 
 class StateDraft(Shadows):
-    """fuse: the layer [T, 2 H] -> [T, H] in front. A shadow has the output tokens whose states are known."""
+    """chain: computes the guesses. A shadow has the output tokens whose states are known."""
 
-    def __init__(self, fuse: Linear, *args: Any, **settings: Any) -> None:
+    def __init__(self, chain: Chain, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        self._fuse = fuse
+        self._chain = chain
         self._unseen: dict[Sequence, list[Tensor]] = {}  # states [N, H] before the newest tokens, not computed yet
 
     def observe(self, seq: Sequence, states: Tensor) -> None:
         unseen = self._unseen.setdefault(seq, [])
         unseen.append(states)
         if len(unseen) > 2 * _CATCH_UP:
-            self._restart(seq)
+            self._restart(seq, _CATCH_UP)
 
-    def _restart(self, seq: Sequence) -> None:
+    def _restart(self, seq: Sequence, places: int) -> None:
         """Begin a new shadow with the newest places that nobody asked about."""
-        newest = torch.cat(self._unseen[seq])[-_CATCH_UP:]
+        newest = torch.cat(self._unseen[seq])[-places:]
         self.forget(seq)
         self._unseen[seq] = [newest]
 
     @torch.inference_mode()
     def propose(self, sequences: Seq[Sequence], depth: int) -> list[Proposal]:
-        followed = {seq: shadow for seq in sequences if (shadow := self._follow(seq, depth)) is not None}
-        guesses: dict[Sequence, tuple[list[int], list[int]]] = {seq: ([], []) for seq in sequences}
-        if followed:
-            shadows = list(followed.values())
-            hidden = self._catch_up(followed)
-            for ahead in range(depth):
-                tokens, sure = self._head(hidden)
-                for seq, token, probability in zip(followed, tokens.tolist(), sure, strict=True):
-                    guesses[seq][0].append(token)
-                    guesses[seq][1].append(level(probability))
-                if ahead + 1 < depth:
-                    for shadow, token in zip(shadows, tokens.tolist(), strict=True):
-                        shadow.tokens.append(token)
-                    hidden = self._step([(shadow, 1) for shadow in shadows], hidden)
-        for shadow in followed.values():
-            # guesses and what was computed from them end here: the target's states will be there next time
-            computed = shadow.num_prompt
-            del shadow.tokens[computed:]
-            shadow.num_computed = computed
-        return [Proposal(*guesses[seq]) for seq in sequences]
+        places = min(_CATCH_UP, max(self._budget // len(sequences), 1))
+        followed: dict[Sequence, Sequence] = {}
+        items: list[tuple[Sequence, int]] = []
+        for seq in sequences:
+            if (shadow := self._follow(seq, depth, places)) is not None:
+                followed[seq] = shadow
+                items.append((shadow, len(shadow.tokens) - shadow.num_computed))
+        if not followed:
+            return [Proposal() for _ in sequences]
+        states = torch.cat([part for seq in followed for part in self._unseen.pop(seq)])
+        batch = self._layout(items, more_places=depth - 1)
+        guesses, sure = self._chain(batch, states, self._caches, depth)
+        for shadow, count in items:
+            shadow.num_computed += count
+        found = {
+            seq: Proposal([row[i] for row in guesses], [level(row[i]) for row in sure])
+            for i, seq in enumerate(followed)
+        }
+        return [found.get(seq, Proposal()) for seq in sequences]
 
-    def _follow(self, seq: Sequence, depth: int) -> Sequence | None:
+    def _follow(self, seq: Sequence, depth: int, places: int) -> Sequence | None:
         """The shadow of `seq` with its newest tokens, their states still to be computed; None if there is no room."""
         unseen = sum(map(len, self._unseen.get(seq, ())))
-        if unseen > _CATCH_UP:
-            self._restart(seq)
-            unseen = _CATCH_UP
+        if unseen > places:
+            self._restart(seq, places)
+            unseen = places
         shadow = self._shadow(seq) if unseen else None
         if shadow is None:
             return None
         shadow.tokens += seq.tokens[len(seq.tokens) - unseen :]
-        shadow.num_prompt = len(shadow.tokens)  # what the target itself has said
         return shadow if self._grow(seq, shadow, len(shadow.tokens) + depth) else None
-
-    def _catch_up(self, followed: dict[Sequence, Sequence]) -> Tensor:
-        """Compute what each shadow lacks, in steps of `budget` tokens; [S, H] of their newest places."""
-        lacking = {shadow: torch.cat(self._unseen.pop(seq)) for seq, shadow in followed.items()}
-        newest: dict[Sequence, Tensor] = {}
-        while lacking:
-            items, states, left = [], [], self._budget
-            for shadow, own in lacking.items():
-                if count := min(len(own), left):
-                    items.append((shadow, count))
-                    states.append(own[:count])
-                    left -= count
-            rows = iter(self._step(items, torch.cat(states)))
-            for shadow, count in items:
-                lacking[shadow] = lacking[shadow][count:]
-                if not len(lacking[shadow]):
-                    del lacking[shadow]
-                    newest[shadow] = next(rows)
-        return torch.stack([newest[shadow] for shadow in followed.values()])
-
-    def _step(self, items: list[tuple[Sequence, int]], states: Tensor) -> Tensor:
-        """The layers' own states [R, H] of the places that are their shadow's newest."""
-        batch = self._layout(items)
-        inputs = self._fuse(torch.cat((self._decoder.embed(batch.token_ids), states), dim=1))
-        for shadow, count in items:
-            shadow.num_computed += count
-        return self._decoder.layers(inputs, batch, self._caches)
 
     def forget(self, seq: Sequence) -> None:
         self._unseen.pop(seq, None)
