@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from torch import Tensor
 from replicas.engine.batch import StepBatch
 from replicas.engine.sequence import Sequence
 from replicas.engine.staging import staged
+
+_FEW = 64  # tokens
 
 
 class Layout:
@@ -42,33 +45,54 @@ class Layout:
         drawn: int64 [R], where the device holds the tokens that are `pending`. more_places: behind the last one of each
         sequence whose blocks shall stand in the tables too.
         """
-        counts = np.fromiter((count for _, count in items), dtype=np.int64, count=len(items))
-        computed = np.fromiter((seq.num_computed for seq, _ in items), dtype=np.int64, count=len(items))
-        rows = np.fromiter((self._row(seq) for seq, _ in items), dtype=np.int64, count=len(items))
-        lens = computed + counts
-        ends = counts.cumsum()
+        lens = [seq.num_computed + count for seq, count in items]
+        counts = [count for _, count in items]
+        ends = list(accumulate(counts))
+        rows = [self._row(seq) for seq, _ in items]
+        table = self.table[rows, : -(-(max(lens) + more_places) // self.block_size)]
         token_ids: list[int] = []
         for seq, count in items:
             known = seq.tokens[seq.num_computed : seq.num_computed + count]
             token_ids += known + seq.drafts[: count - len(known)] if len(known) < count else known
-        total = int(ends[-1])
-        positions = np.arange(total) + np.repeat(computed - (ends - counts), counts)
-        table = self.table[rows, : -(-(int(lens.max()) + more_places) // self.block_size)]
-        owners = np.repeat(np.arange(len(items)), counts)
-        slots = table[owners, positions // self.block_size].astype(np.int64) * self.block_size
-        slots += positions % self.block_size
-        wanted = np.fromiter((seq.logits_wanted(n) for seq, n in items), dtype=np.int64, count=len(items))
+        positions, slots, wanted = (self._few if ends[-1] <= _FEW else self._many)(items, table, counts, ends)
         return StepBatch(
-            token_ids=self._with_pending(self._staged(np.array(token_ids, dtype=np.int64)), items, lens, ends, drawn),
-            positions=self._staged(positions),
-            slot_mapping=self._staged(slots),
-            query_start=self._staged(np.concatenate(([0], ends)).astype(np.int32)),
-            context_lens=self._staged(lens.astype(np.int32)),
-            block_tables=self._staged(table),
-            logits_rows=self._staged(np.flatnonzero(np.arange(total) >= np.repeat(ends - wanted, counts))),
-            max_query_len=int(counts.max()),
-            max_context_len=int(lens.max()),
+            token_ids=self._with_pending(self._staged(token_ids, torch.int64), items, lens, ends, drawn),
+            positions=self._staged(positions, torch.int64),
+            slot_mapping=self._staged(slots, torch.int64),
+            query_start=self._staged([0, *ends], torch.int32),
+            context_lens=self._staged(lens, torch.int32),
+            block_tables=self._staged(table, torch.int32),
+            logits_rows=self._staged(wanted, torch.int64),
+            max_query_len=max(counts),
+            max_context_len=max(lens),
         )
+
+    def _few(
+        self, items: Seq[tuple[Sequence, int]], table: NDArray[np.int32], counts: list[int], ends: list[int]
+    ) -> tuple[list[int], list[int], list[int]]:
+        """Positions, slots and rows that are sampled from. As `_many`, in the time that numpy takes to begin."""
+        positions: list[int] = []
+        slots: list[int] = []
+        wanted: list[int] = []
+        size = self.block_size
+        for (seq, count), end in zip(items, ends, strict=True):
+            places = range(seq.num_computed, seq.num_computed + count)
+            positions += places
+            slots += [seq.blocks[place // size] * size + place % size for place in places]
+            wanted += range(end - seq.logits_wanted(count), end)
+        return positions, slots, wanted
+
+    def _many(
+        self, items: Seq[tuple[Sequence, int]], table: NDArray[np.int32], counts: list[int], ends: list[int]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        count, end, total = np.array(counts), np.array(ends), np.arange(ends[-1])
+        computed = np.array([seq.num_computed for seq, _ in items])
+        positions = total + np.repeat(computed - (end - count), count)
+        owners = np.repeat(np.arange(len(items)), count)
+        slots = table[owners, positions // self.block_size].astype(np.int64) * self.block_size
+        wanted = np.array([seq.logits_wanted(count) for seq, count in items])
+        first = np.repeat(end - wanted, count)
+        return positions, slots + positions % self.block_size, np.flatnonzero(total >= first)
 
     def _row(self, seq: Sequence) -> int:
         if seq.row < 0:
@@ -82,21 +106,21 @@ class Layout:
         self,
         token_ids: Tensor,
         items: Seq[tuple[Sequence, int]],
-        lens: NDArray[np.int64],
-        ends: NDArray[np.int64],
+        lens: list[int],
+        ends: list[int],
         drawn: Tensor | None,
     ) -> Tensor:
         if drawn is None:
             return token_ids
         places = [
-            (int(end) - 1, seq.pending)
+            (end - 1, seq.pending)
             for (seq, _), length, end in zip(items, lens, ends, strict=True)
             if seq.pending >= 0 and length == seq.num_tokens
         ]
         if places:
-            at, rows = self._staged(np.array(places, dtype=np.int64).T).unbind()
+            at, rows = self._staged(np.array(places).T, torch.int64).unbind()
             token_ids.index_copy_(0, at, drawn.index_select(0, rows))
         return token_ids
 
-    def _staged(self, values: NDArray[Any]) -> Tensor:
-        return staged(values, self.device)
+    def _staged(self, values: NDArray[Any] | list[int], dtype: torch.dtype) -> Tensor:
+        return staged(values, self.device, dtype)
