@@ -210,7 +210,10 @@ def bench(args: argparse.Namespace) -> None:
         print(f"\nbatch {batch}\n{'kind':<16} {'method':<18} {'tok/s':>7} {'x off':>7} {'accepted':>9} tokens/step   k")
         kinds = KINDS if batch == 1 else {"all kinds": [prompt for prompts in KINDS.values() for prompt in prompts]}
         for kind, prompts in kinds.items():
-            batches = [[p] for p in prompts] if batch == 1 else [[prompts[i % len(prompts)] for i in range(batch)]]
+            if batch == 1:
+                batches = [[prompt] for prompt in prompts]
+            else:  # two mixtures: with one the median would stand on few ratios
+                batches = [[prompts[(first + i) % len(prompts)] for i in range(batch)] for first in (0, batch // 2)]
             show(kind, measure(engine, methods, batches, args.output, args.turns))
 
 

@@ -20,7 +20,7 @@ from replicas.engine.spec.build import build_speculation
 from replicas.engine.spec.config import Speculative
 from replicas.engine.spec.cost import StepCost
 from replicas.engine.spec.draft_layers import STATES, DraftCheckpoint, own_tensors
-from replicas.engine.spec.lengths import choose_depth, choose_lengths
+from replicas.engine.spec.lengths import MARGIN, choose_depth, choose_lengths
 from replicas.engine.spec.lookup import Index, Ngram, Suffix
 from replicas.engine.spec.make import Material, Progress, make_draft, make_heads, make_state_draft
 from replicas.engine.spec.self_text import OwnQuestions, Prompts, Sample, make_prompts, read_self_text, write_self_text
@@ -106,7 +106,7 @@ def test_chosen_lengths_are_the_best_there_are(probabilities: list[list[float]],
         return [[n, *rest] for n in range(len(rows[0]) + 1) for rest in every(rows[1:])] if rows else [[]]
 
     best = max(map(speed, every(probabilities)))
-    assert speed(choose_lengths(probabilities, cost)) >= best / 1.02 - 1e-9
+    assert speed(choose_lengths(probabilities, cost)) >= best / MARGIN - 1e-9
 
 
 def test_a_proposer_that_costs_more_than_it_brings_is_not_asked() -> None:

@@ -50,7 +50,9 @@ class StepCost:
         ratio = seconds / (self.scale * expected)
         if ratio < _OUTLIER:
             at = min(bisect_left(_KNOTS.tolist(), rows), len(_KNOTS) - 1)
-            self._shape[at] *= 1 + _SHAPE_WEIGHT * (ratio - 1)
+            # For more rows too, of which nothing was seen: what these took longer (attention to long contexts, sampling)
+            # those would as well. Else more rows than usual would seem to cost less than they do.
+            self._shape[at:] += _SHAPE_WEIGHT * (ratio - 1) * self._shape[at]
             self.scale, self._shape = self.scale * float(self._shape[0]), self._shape / self._shape[0]
         self.scale *= 1 + _SCALE_WEIGHT * (min(ratio, _OUTLIER) - 1)
 
