@@ -46,14 +46,16 @@ SB_INLINE vec load_as(const void* data, int kind, int64_t i) {
 // What turns the codes of one group of LANES columns into weights.
 struct GroupGrid {
     vec scale, zero, offset;
-    bool difference;  // (code - zero) * scale, else code * scale + offset
+
+    static inline bool has_mins(const Codes& w) { return w.origins && w.origin_kind == w.scale_kind; }
+    // Whether weights are (code - zero) * scale, else code * scale + offset.
+    static inline bool difference(const Codes& w) { return w.scale_kind == KIND_F32 && !has_mins(w); }
 
     static inline GroupGrid at(const Codes& w, int64_t i) {
         const vec scale = load_as(w.scales, w.scale_kind, i);
-        const bool mins = w.origins && w.origin_kind == w.scale_kind;
-        if (mins) return {scale, vec{}, load_as(w.origins, w.origin_kind, i), false};
+        if (has_mins(w)) return {scale, vec{}, load_as(w.origins, w.origin_kind, i)};
         const vec zero = w.origins ? load_as(w.origins, w.origin_kind, i) : splat(static_cast<float>(1 << (w.bits - 1)));
-        return {scale, zero, -zero * scale, w.scale_kind == KIND_F32};
+        return {scale, zero, -zero * scale};
     }
 };
 
@@ -87,7 +89,7 @@ void dequantise_slice(const Linear& w, int64_t panel, int64_t k0, int64_t kc, fl
         const int64_t group = k / codes.group, end = std::min((group + 1) * codes.group, k0 + kc);
         const int64_t i = (panel * groups + group) * PANEL;
         const GroupGrid first = GroupGrid::at(codes, i), second = GroupGrid::at(codes, i + LANES);
-        (first.difference ? dequantise_run<BITS, true> : dequantise_run<BITS, false>)(
+        (GroupGrid::difference(codes) ? dequantise_run<BITS, true> : dequantise_run<BITS, false>)(
             words + k / PER * PANEL, (end - k) / PER, first, second, out + (k - k0) * PANEL);
         k = end;
     }
@@ -136,10 +138,10 @@ void codes_kernel(const Tile& t, const Linear& w, int64_t panel, int64_t k0) {
 
 typedef void (*CodesKernel)(const Tile&, const Linear&, int64_t panel, int64_t k0);
 
-constexpr int CODES_ROWS = std::min(MAX_ROWS, 12);  // with more, accumulators and grids do not fit the registers
-
-// Two panels where their accumulators fit: grids and codes take as many registers again.
-constexpr int codes_panels(int rows, int64_t available) { return available >= 2 && rows <= 4 ? 2 : 1; }
+// Codes and grids take registers too. With more rows a slice in L1 costs less than what is spilled; two panels fit where
+// there are 32 registers.
+constexpr int CODES_ROWS = MAX_ROWS > 6 ? 8 : 4;
+constexpr int codes_panels(int rows, int64_t available) { return MAX_ROWS > 6 && available >= 2 && rows <= 3 ? 2 : 1; }
 
 template <int NP, int BITS, bool DIFFERENCE, int... R>
 CodesKernel pick_codes_rows(int rows, std::integer_sequence<int, R...>) {
@@ -155,7 +157,7 @@ CodesKernel codes_kernel_of(int rows, int panels) {
 
 // The kernel for `rows` in 1..CODES_ROWS and `panels` as codes_panels gave it.
 SB_INLINE CodesKernel codes_kernel_for(const Codes& codes, int rows, int panels) {
-    const bool difference = codes.scale_kind == KIND_F32 && !(codes.origins && codes.origin_kind == KIND_F32);
+    const bool difference = GroupGrid::difference(codes);
     if (codes.bits == 4) return difference ? codes_kernel_of<4, true>(rows, panels) : codes_kernel_of<4, false>(rows, panels);
     if (codes.bits == 8) return difference ? codes_kernel_of<8, true>(rows, panels) : codes_kernel_of<8, false>(rows, panels);
     return difference ? codes_kernel_of<2, true>(rows, panels) : codes_kernel_of<2, false>(rows, panels);
