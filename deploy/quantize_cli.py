@@ -52,6 +52,7 @@ def quantize(
     from deploy.models import pull
     from replicas.engine.quantizers import Settings
     from replicas.engine.quantizers import quantize as run
+    from replicas.engine.quantizers.layouts import usual_layout
 
     settings = Settings(
         method=method,
@@ -85,6 +86,12 @@ def quantize(
         f"{out}: layers {result.layer_bytes / 1e6:.1f} MB, {result.times_smaller:.2f}x smaller than in 16 bits; "
         f"file {result.file_bytes / 1e6:.1f} MB" + _taken_up(result.resumed_layers)
     )
+    if (layout or usual_layout(method, bits)) == "gptq" and not symmetric:
+        typer.echo(
+            "vLLM (0.32) reads the gptq layout only with --symmetric; --layout compressed-tensors keeps these zeros "
+            "and is read by both",
+            err=True,
+        )
 
 
 def _taken_up(layers: int) -> str:

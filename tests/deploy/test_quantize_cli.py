@@ -64,6 +64,9 @@ def test_a_model_is_quantised_and_its_perplexity_measured(signalbox: Signalbox, 
     assert sorted(path.name for path in Path().iterdir()) == ["model", "out", "text.txt"]
     stated = json.loads(Path("out/config.json").read_text())["quantization_config"]
     assert stated["quant_method"] == {"awq": "awq", "gptq": "gptq", "rtn": "compressed-tensors"}[method]
+    assert ("--layout compressed-tensors keeps these zeros" in made.err) == (method == "gptq")
+    modes = {path.stat().st_mode & 0o777 for path in Path("out").glob("*.[js]*")}
+    assert len(modes) == 1, "who may read the configuration may read the weights"
 
     options = ("--text", "text.txt", "--window", "64", "--json")
     figures = [json.loads(signalbox("eval", "perplexity", model, *options).out) for model in ("./model", "./out")]

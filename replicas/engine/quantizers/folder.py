@@ -88,6 +88,8 @@ def write_folder(out: Path, checkpoint: Checkpoint, config: Mapping[str, Any], t
         write_tokenizer_files(checkpoint.gguf.path, part)
     save_file(dict(tensors), part / "model.safetensors", metadata={"format": "pt"})
     (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    # safetensors lets only its writer read a file; whoever may read the rest may read the weights.
+    (part / "model.safetensors").chmod((part / "config.json").stat().st_mode)
     os.replace(part, out)
     return (out / "model.safetensors").stat().st_size
 
