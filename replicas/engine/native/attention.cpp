@@ -149,26 +149,53 @@ void find_rows(const Call& call, const TileTask& tile, int64_t first, const floa
     std::fill(found.values + end, found.values + KEYS, zeros);
 }
 
-// The same of an 8-bit cache: what the codes stand for, in `copies` [2][KEYS][dim]. Block by block, so that it never leaves
-// the core's own cache.
+// Where the vectors of one KV head lie in an 8-bit cache, position by position.
+class CodeRows {
+  public:
+    CodeRows(const Call& call, const TileTask& tile, int64_t position)
+        : shape_(call.shape),
+          table_(call.batch.block_tables + tile.sequence * call.batch.block_table_ld + position / shape_.block_size),
+          row_(position % shape_.block_size), head_(tile.kv_head) {}
+    int64_t codes() const { return *table_ * shape_.block_stride + (row_ * shape_.kv_heads + head_) * shape_.head_dim; }
+    int64_t scale() const { return *table_ * shape_.scale_stride + row_ * shape_.kv_heads + head_; }
+    void next() {
+        if (++row_ == shape_.block_size) row_ = 0, table_++;
+    }
+
+  private:
+    const Shape& shape_;
+    const int32_t* table_;
+    int64_t row_, head_;
+};
+
+// As find_rows, of an 8-bit cache: what the codes stand for, in `copies` [2][KEYS][dim]. Block by block, so that it never
+// leaves the core's own cache. Meanwhile the codes of the next block of keys come in: their lines are too far apart for the
+// hardware to guess.
+template <Format FORMAT>
 void decode_rows(const Call& call, const TileTask& tile, int64_t first, const float* zeros, float* copies, Found& found) {
-    const Shape& shape = call.shape;
-    const Format format = static_cast<Format>(shape.format);
-    const int32_t* table = call.batch.block_tables + tile.sequence * call.batch.block_table_ld;
     const int8_t *keys = static_cast<int8_t*>(call.cache.keys), *values = static_cast<int8_t*>(call.cache.values);
-    const int64_t dim = shape.head_dim, heads = shape.kv_heads;
-    for (int i = 0; i < KEYS; i++, copies += 2 * dim) {
-        const int64_t position = first + i;
-        if (position < tile.low || position >= tile.high) {
-            found.keys[i] = found.values[i] = zeros;
-            continue;
+    const float *key_scales = call.cache.key_scales, *value_scales = call.cache.value_scales;
+    const int64_t dim = call.shape.head_dim;
+    const int64_t begin = std::max(tile.low, first), end = std::min(tile.high, first + KEYS);
+    std::fill(found.keys, found.keys + KEYS, zeros);
+    std::fill(found.values, found.values + KEYS, zeros);
+    if (begin >= end) return;
+    const int64_t ahead = std::min(begin + KEYS, tile.high - 1);
+    CodeRows now(call, tile, begin), later(call, tile, ahead);
+    for (int64_t position = begin; position < end; position++, now.next(), copies += 2 * dim) {
+        if (position + KEYS < tile.high) {
+            for (int64_t line = 0; line < dim; line += 64) {
+                __builtin_prefetch(keys + later.codes() + line, 0, 2);
+                __builtin_prefetch(values + later.codes() + line, 0, 2);
+            }
+            __builtin_prefetch(key_scales + later.scale(), 0, 2);
+            __builtin_prefetch(value_scales + later.scale(), 0, 2);
+            later.next();
         }
-        const int64_t block = table[position / shape.block_size], row = position % shape.block_size * heads + tile.kv_head;
-        const int64_t at = block * shape.block_stride + row * dim, scale = block * shape.scale_stride + row;
-        decode(format, keys + at, call.cache.key_scales[scale], dim, copies);
-        decode(format, values + at, call.cache.value_scales[scale], dim, copies + dim);
-        found.keys[i] = copies;
-        found.values[i] = copies + dim;
+        decode<FORMAT>(keys + now.codes(), key_scales[now.scale()], dim, copies);
+        decode<FORMAT>(values + now.codes(), value_scales[now.scale()], dim, copies + dim);
+        found.keys[position - first] = copies;
+        found.values[position - first] = copies + dim;
     }
 }
 
@@ -219,7 +246,7 @@ void run_chunk(const Call& call, const TileTask& tile, int64_t chunk, const floa
         Found& found = work.found[current];
         Found& next = work.found[plain ? current ^ 1 : current];
         if (!plain)
-            decode_rows(call, tile, first, zeros, work.decoded, found);
+            (call.shape.format == INT8 ? decode_rows<INT8> : decode_rows<FP8_E4M3>)(call, tile, first, zeros, work.decoded, found);
         else if (first + KEYS < span.end)
             find_rows(call, tile, first + KEYS, zeros, next);
         else

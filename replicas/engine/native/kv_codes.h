@@ -34,15 +34,16 @@ SB_INLINE veci to_e4m3(vec x) {
     return select_int(magnitude < (121 << 23), small, normal) | (sign & 0x80);
 }
 
-inline void decode(Format format, const int8_t* from, float scale, int64_t dim, float* to) {
+template <Format FORMAT>
+void decode(const int8_t* from, float scale, int64_t dim, float* to) {
     int64_t d = 0;
     for (; d + LANES <= dim; d += LANES) {
         const veci code = __builtin_convertvector(*reinterpret_cast<const codes_unaligned*>(from + d), veci);
-        store(to + d, (format == INT8 ? __builtin_convertvector(code, vec) : from_e4m3(code)) * scale);
+        store(to + d, (FORMAT == INT8 ? __builtin_convertvector(code, vec) : from_e4m3(code)) * scale);
     }
     for (; d < dim; d++) {
         const veci code = veci{} + static_cast<int32_t>(from[d]);
-        to[d] = (format == INT8 ? __builtin_convertvector(code, vec) : from_e4m3(code))[0] * scale;
+        to[d] = (FORMAT == INT8 ? __builtin_convertvector(code, vec) : from_e4m3(code))[0] * scale;
     }
 }
 
