@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 
 from replicas.engine.sequence import Sequence
+from replicas.engine.spec.lengths import HIGHEST
 from replicas.engine.spec.proposer import LEVELS
 
 _PRIOR = 8.0  # guesses that a level's own claim is worth before any were checked
 _MEMORY = 0.998  # of what was seen, per checked guess of a level
-_OF_SEQUENCE = 4.0  # guesses before a sequence counts as much as what all others showed
+_OF_SEQUENCE = 4.0  # guesses before a sequence counts as much as what others showed
+_ENDED = 0.05  # weight of the sequence that ended last in what a new one is expected to be like
 _RECENT = 0.95  # memory of a sequence per checked guess
 _RELENTING = 0.98  # what is left of a sequence's bad name after each step in which it brought no guesses
 _FIRST_GUESS = 0.6
-_HIGHEST = 0.98
 
 
 class Acceptance:
@@ -22,16 +23,17 @@ class Acceptance:
         self._tried = [_PRIOR] * LEVELS
         self._by_depth = [_FIRST_GUESS] * max_depth
         self._sequences: dict[Sequence, tuple[float, float]] = {}  # right and expected to be right, lately
+        self._new = 1.0  # the factor of a sequence that has shown nothing
 
     def probabilities(self, seq: Sequence, levels: Seq[int]) -> list[float]:
         """Of each guess of `seq` to be right if those before it are."""
         factor = self._factor(seq)
-        return [min(factor * self._right[i] / self._tried[i], _HIGHEST) for i in levels]
+        return [min(factor * self._right[i] / self._tried[i], HIGHEST) for i in levels]
 
     def usual(self, seq: Sequence) -> list[float]:
         """The same for guesses that are not there yet, by depth."""
         factor = self._factor(seq)
-        return [min(factor * right, _HIGHEST) for right in self._by_depth]
+        return [min(factor * right, HIGHEST) for right in self._by_depth]
 
     def record(self, seq: Sequence, levels: Seq[int], accepted: int) -> None:
         """Of guesses of these levels the first `accepted` were right and the next one, if there was one, wrong."""
@@ -53,8 +55,12 @@ class Acceptance:
         self._by_depth[0] += 0.002 * (_FIRST_GUESS - self._by_depth[0])
 
     def forget(self, seq: Sequence) -> None:
-        self._sequences.pop(seq, None)
+        if seq in self._sequences:
+            # Levels count guesses, and most guesses are those of sequences that are guessed well: a new sequence is
+            # like other sequences, not like other guesses.
+            self._new += _ENDED * (self._factor(seq) - self._new)
+            del self._sequences[seq]
 
     def _factor(self, seq: Sequence) -> float:
         right, expected = self._sequences.get(seq, (0.0, 0.0))
-        return (right + _OF_SEQUENCE) / (expected + _OF_SEQUENCE)
+        return (right + _OF_SEQUENCE * self._new) / (expected + _OF_SEQUENCE)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 _KNOTS = np.array(
     [1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048], dtype=float
 )
+_KNOT_LIST = _KNOTS.tolist()
 PROBED, FEW = (1, 2, 4, 8, 16, 32), 8  # the few are measured however long it takes
 _SCALE_WEIGHT, _SHAPE_WEIGHT = 0.1, 0.02
 _OUTLIER = 3.0  # a step that took so many times what was expected tells of the machine, not of its rows
@@ -49,9 +50,9 @@ class StepCost:
             self.scale = seconds / expected
         ratio = seconds / (self.scale * expected)
         if ratio < _OUTLIER:
-            at = min(bisect_left(_KNOTS.tolist(), rows), len(_KNOTS) - 1)
-            # For more rows too, of which nothing was seen: what these took longer (attention to long contexts, sampling)
-            # those would as well. Else more rows than usual would seem to cost less than they do.
+            at = min(bisect_left(_KNOT_LIST, rows), len(_KNOTS) - 1)
+            # For more rows too, of which nothing was seen: what these took longer (long contexts, sampling) those would
+            # as well. Else more rows than usual would seem to cost less than they do.
             self._shape[at:] += _SHAPE_WEIGHT * (ratio - 1) * self._shape[at]
             self.scale, self._shape = self.scale * float(self._shape[0]), self._shape / self._shape[0]
         self.scale *= 1 + _SCALE_WEIGHT * (min(ratio, _OUTLIER) - 1)
@@ -61,6 +62,7 @@ class StepCost:
         at = np.arange(max(rows, 1), max(rows, 1) + more + 1, dtype=float)
         shape = np.maximum.accumulate(self._shape)
         cost: NDArray[np.float64] = np.interp(at, _KNOTS, shape)
-        beyond = at > _KNOTS[-1]
-        cost[beyond] = shape[-1] * at[beyond] / _KNOTS[-1]
+        if at[-1] > _KNOTS[-1]:
+            beyond = at > _KNOTS[-1]
+            cost[beyond] = shape[-1] * at[beyond] / _KNOTS[-1]
         return cost

@@ -11,7 +11,7 @@ from torch import Tensor
 from replicas.engine.sequence import AfterDrafts, Sequence
 from replicas.engine.spec.acceptance import Acceptance
 from replicas.engine.spec.cost import StepCost
-from replicas.engine.spec.lengths import choose_depth, choose_lengths
+from replicas.engine.spec.lengths import can_pay, choose_depth, choose_lengths
 from replicas.engine.spec.proposer import Proposal, Proposer
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,9 @@ class Speculation:
         self.proposing_s = time.perf_counter() - began
 
     def _propose(self, sequences: list[Sequence], rows: int) -> None:
-        if not sequences or not (self._adaptive is False or self._can_pay(len(sequences), rows)):
+        if not sequences:
+            return
+        if self._adaptive and not can_pay(len(sequences), self.cost.relative(rows, len(sequences) * self._most)):
             for seq in sequences:
                 self._idle(seq)
             return
@@ -95,12 +97,6 @@ class Speculation:
         for source in sorted(self._sources, key=lambda source: source.proposer.costs):
             self._ask(source, best, rows)
         self._cut(best, rows)
-
-    def _can_pay(self, sequences: int, rows: int) -> bool:
-        """Whether guesses would, were they all right: else nobody needs to be asked for them."""
-        ahead = self._most
-        cost = self.cost.relative(rows, ahead)
-        return bool(((sequences + ahead) / cost[-1]) > sequences / cost[0])
 
     def _ask(self, source: _Source, best: dict[Sequence, tuple[float, _Source, Proposal]], rows: int) -> None:
         sequences, depth = list(best), self._most
@@ -158,7 +154,7 @@ class Speculation:
     def computed(self, rows: Seq[Sequence | AfterDrafts], hidden: Tensor) -> None:
         """hidden [R, H]: the target's last normed states of the sampled rows."""
         if self._sources:
-            self._hidden = hidden
+            self._hidden = hidden.clone()  # the next step may compute into the same memory
             self._first_row = {row: at for at, row in enumerate(rows) if isinstance(row, Sequence)}
 
     def verified(self, seq: Sequence, drafts: int, accepted: int) -> None:
@@ -176,9 +172,8 @@ class Speculation:
             for position in range(accepted):
                 self.accepted_per_position[position] += 1
         if seq.finish_reason is None and self._hidden is not None:
-            # A copy: the next step may compute into the same memory.
             first = self._first_row[seq]
-            states = self._hidden[first : first + accepted + 1].clone()
+            states = self._hidden[first : first + accepted + 1]
             for source in self._sources:
                 source.proposer.observe(seq, states)
 
