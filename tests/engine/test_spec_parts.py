@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from replicas.engine.sequence import Sequence
 from replicas.engine.spec.acceptance import Acceptance
 from replicas.engine.spec.build import build_speculation
 from replicas.engine.spec.config import Speculative
-from replicas.engine.spec.cost import StepCost
+from replicas.engine.spec.cost import AskingCost, StepCost
 from replicas.engine.spec.draft_layers import STATES, DraftCheckpoint, own_tensors
 from replicas.engine.spec.lengths import can_pay, choose_depth, choose_lengths, margin
 from replicas.engine.spec.lookup import Index, Ngram, Suffix
@@ -110,10 +111,20 @@ def test_chosen_lengths_are_the_best_there_are(probabilities: list[list[float]],
 
 
 def test_a_proposer_that_costs_more_than_it_brings_is_not_asked() -> None:
-    flat = np.ones(40)
-    assert choose_depth([[0.7, 0.6, 0.5]], 0, flat, 0.05) == 3
-    assert choose_depth([[0.7, 0.6, 0.5]], 0, flat, 0.5) == 1
-    assert choose_depth([[0.7, 0.6, 0.5]], 15, flat, 0.5) == 0
+    flat, depths, usual = np.ones(40), np.arange(4), [[0.7, 0.6, 0.5]]
+    assert choose_depth(usual, 0, flat, 0.05 * depths) == 3
+    assert choose_depth(usual, 0, flat, 0.5 * depths) == 1
+    assert choose_depth(usual, 15, flat, 0.5 * depths) == 0
+    assert choose_depth(usual, 0, flat, np.array([0.0, 1.2, 1.3, 1.4])) == 0, "the first guess costs most"
+    assert choose_depth(usual, 0, flat, np.array([0.0, 0.5, 0.5, 0.5])) == 3, "further ones cost nothing"
+
+
+def test_what_the_first_guess_costs_is_told_from_what_further_ones_cost() -> None:
+    cost, chance = AskingCost(), random.Random(3)
+    for _ in range(600):
+        depth = chance.randint(1, 5)
+        cost.record((0.7 + 0.3 * (depth - 1)) * chance.uniform(0.9, 1.1), depth)
+    assert cost.seconds(3).tolist() == pytest.approx([0.0, 0.7, 1.0, 1.3], rel=0.1)
 
 
 def test_cost_never_falls_and_a_busy_machine_does_not_change_its_shape() -> None:

@@ -1,4 +1,4 @@
-"""What a step costs by its number of rows, measured: once at start, then by every step that runs."""
+"""What a step costs by its number of rows, measured: once at start, then by every step that runs; what asking costs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ _KNOTS = np.array(
 _KNOT_LIST = _KNOTS.tolist()
 PROBED, FEW = (1, 2, 4, 8, 16, 32), 8  # the few are measured however long it takes
 _SCALE_WEIGHT, _SHAPE_WEIGHT = 0.1, 0.02
+_ASKED_WEIGHT = 0.1
 _OUTLIER = 3.0  # a step that took so many times what was expected tells of the machine, not of its rows
 
 
@@ -66,3 +67,28 @@ class StepCost:
             beyond = at > _KNOTS[-1]
             cost[beyond] = shape[-1] * at[beyond] / _KNOTS[-1]
         return cost
+
+
+class AskingCost:
+    """Seconds that a proposer takes for all sequences at once: for the first guess, which has to catch up with them and
+    finds its weights washed out of the caches, and for each further one.
+    """
+
+    def __init__(self) -> None:
+        self.first_s = self.further_s = 0.0
+
+    def record(self, seconds: float, depth: int) -> None:
+        if not self.first_s:
+            self.first_s = self.further_s = seconds / depth
+            return
+        # A step of normalised least mean squares: both parts bear the error as far as they had a part in it.
+        further = depth - 1
+        error = seconds - self.first_s - self.further_s * further
+        step = _ASKED_WEIGHT * error / (1 + further**2)
+        self.first_s = max(self.first_s + step, 1e-9)
+        self.further_s = max(self.further_s + step * further, 0.0)
+
+    def seconds(self, depth: int) -> NDArray[np.float64]:
+        """For 0, 1, … `depth` guesses."""
+        count = np.arange(depth + 1, dtype=float)
+        return np.where(count > 0, self.first_s + self.further_s * (count - 1), 0.0)

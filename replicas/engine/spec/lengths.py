@@ -54,18 +54,18 @@ def choose_lengths(probabilities: Seq[Seq[float]], cost: NDArray[np.float64], tr
     return lengths
 
 
-def choose_depth(usual: Seq[Seq[float]], others: int, cost: NDArray[np.float64], each: float) -> int:
-    """How deep to ask a proposer whose every further guess (for all sequences at once) costs `each`, 0: not at all.
+def choose_depth(usual: Seq[Seq[float]], others: int, cost: NDArray[np.float64], asking: NDArray[np.float64]) -> int:
+    """How deep to ask a proposer, 0: not at all.
 
     usual[i][j]: what guess j of sequence i is usually worth; `others` sequences take part in the step without guesses.
+    asking[d]: cost of asking for d guesses of all sequences.
     """
     asked = len(usual)
     if not asked:
         return 0
     chances = np.cumprod(np.array(usual), axis=1).sum(axis=0)
     tokens = asked + others + np.concatenate(([0.0], chances.cumsum()))
-    depths = np.arange(len(tokens))
-    rows = np.minimum(depths * asked, len(cost) - 1)
-    speed = tokens / (cost[rows] + depths * each)
+    rows = np.minimum(np.arange(len(tokens)) * asked, len(cost) - 1)
+    speed = tokens / (cost[rows] + asking[: len(tokens)])
     best = int(speed.argmax())
     return best if speed[best] >= margin(asked + others) * speed[0] else 0

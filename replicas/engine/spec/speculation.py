@@ -10,31 +10,29 @@ from torch import Tensor
 
 from replicas.engine.sequence import AfterDrafts, Sequence
 from replicas.engine.spec.acceptance import Acceptance
-from replicas.engine.spec.cost import StepCost
+from replicas.engine.spec.cost import AskingCost, StepCost
 from replicas.engine.spec.lengths import can_pay, choose_depth, choose_lengths
 from replicas.engine.spec.proposer import Proposal, Proposer
 
 logger = logging.getLogger(__name__)
 
-_EACH_WEIGHT = 0.1
 _TRUST_MEMORY = 0.99  # per proposal
 _TRUST_PRIOR = 5.0  # tokens
 
 
 class _Source:
-    """One proposer and what is known of it. each_s: seconds that one guess more costs, for all sequences at once."""
+    """One proposer and what is known of it."""
 
     def __init__(self, proposer: Proposer, depth: int) -> None:
         self.proposer = proposer
         self.acceptance = Acceptance(depth)
-        self.each_s = 0.0
+        self.cost = AskingCost()
 
     def ask(self, sequences: Seq[Sequence], depth: int) -> list[Proposal]:
         began = time.perf_counter()
         proposals = self.proposer.propose(sequences, depth)
         if self.proposer.costs:
-            each = (time.perf_counter() - began) / depth
-            self.each_s += (_EACH_WEIGHT if self.each_s else 1.0) * (each - self.each_s)
+            self.cost.record(time.perf_counter() - began, depth)
         return proposals
 
 
@@ -118,9 +116,8 @@ class Speculation:
         usual = {seq: source.acceptance.usual(seq) for seq in best}
         sequences = [seq for seq, worth in usual.items() if _gain(worth) > best[seq][0]]
         cost = self.cost.relative(rows, len(sequences) * self._most)
-        each = source.each_s / self.cost.scale if self.cost.scale else 0.0
-        depth = choose_depth([usual[seq] for seq in sequences], len(best) - len(sequences), cost, each)
-        return sequences, depth
+        asking = source.cost.seconds(self._most) / (self.cost.scale or 1.0)
+        return sequences, choose_depth([usual[seq] for seq in sequences], len(best) - len(sequences), cost, asking)
 
     def _cut(self, best: dict[Sequence, tuple[float, _Source, Proposal]], rows: int) -> None:
         """Of each proposal the part that pays."""
