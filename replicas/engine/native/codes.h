@@ -21,8 +21,6 @@ namespace sb {
 constexpr int64_t CODE_ALIGN = 16;  // most codes in a word: slices begin at multiples of it
 constexpr int64_t AHEAD = 4096;     // bytes: hardware prefetchers stop at each page
 
-typedef uint8_t bytes_unaligned __attribute__((vector_size(LANES), aligned(1), may_alias));
-typedef uint16_t halves_unaligned __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
 typedef int32_t words_unaligned __attribute__((vector_size(SB_VECTOR_BYTES), aligned(4), may_alias));
 
 SB_INLINE vec bits_as_float(veci v) { return reinterpret_cast<vec>(v); }
@@ -31,11 +29,8 @@ SB_INLINE veci load_words(const uint32_t* p) { return *reinterpret_cast<const wo
 // LANES numbers of `kind` from index i on, exactly.
 SB_INLINE vec load_as(const void* data, int kind, int64_t i) {
     if (kind == KIND_F32) return load(static_cast<const float*>(data) + i);
-    if (kind == KIND_U8)
-        return __builtin_convertvector(
-            __builtin_convertvector(*reinterpret_cast<const bytes_unaligned*>(static_cast<const uint8_t*>(data) + i), veci), vec);
-    const veci wide = __builtin_convertvector(
-        *reinterpret_cast<const halves_unaligned*>(static_cast<const uint16_t*>(data) + i), veci);
+    if (kind == KIND_U8) return __builtin_convertvector(widen(static_cast<const uint8_t*>(data) + i), vec);
+    const veci wide = widen(static_cast<const uint16_t*>(data) + i);
     if (kind == KIND_U16) return __builtin_convertvector(wide, vec);
     if (kind == KIND_BF16) return bits_as_float(wide << 16);
     // float16: its exponent is 112 less; the product also makes subnormal numbers right.

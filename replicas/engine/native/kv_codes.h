@@ -11,8 +11,6 @@ namespace sb {
 enum Format : int { PLAIN = 0, INT8 = 1, FP8_E4M3 = 2 };
 
 typedef int8_t codes __attribute__((vector_size(LANES)));
-typedef int8_t codes_unaligned __attribute__((vector_size(LANES), aligned(1), may_alias));
-typedef int32_t veci_unaligned __attribute__((vector_size(SB_VECTOR_BYTES), aligned(4), may_alias));
 
 constexpr float SMALLEST_SCALE = 0x1p-120f;
 
@@ -38,7 +36,7 @@ template <Format FORMAT>
 void decode(const int8_t* from, float scale, int64_t dim, float* to) {
     int64_t d = 0;
     for (; d + LANES <= dim; d += LANES) {
-        const veci code = __builtin_convertvector(*reinterpret_cast<const codes_unaligned*>(from + d), veci);
+        const veci code = widen(from + d);
         store(to + d, (FORMAT == INT8 ? __builtin_convertvector(code, vec) : from_e4m3(code)) * scale);
     }
     for (; d < dim; d++) {

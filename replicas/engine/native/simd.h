@@ -10,6 +10,10 @@
 #include <cstring>
 #include <utility>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #if defined(__AVX512F__)
 #define SB_VECTOR_BYTES 64
 #elif defined(__AVX__)
@@ -46,6 +50,33 @@ SB_INLINE vec select(veci mask, vec yes, vec no) { return mask ? yes : no; }
 SB_INLINE veci select_int(veci mask, veci yes, veci no) { return mask ? yes : no; }
 SB_INLINE vec max(vec a, vec b) { return a > b ? a : b; }
 SB_INLINE vec min(vec a, vec b) { return a < b ? a : b; }
+
+// LANES narrow integers as 32-bit ones. GCC 12 converts vectors of bytes element by element where it is not told the
+// instruction; elsewhere it finds it if widths only double.
+typedef int8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
+typedef uint8_t unsigned_bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
+typedef int16_t halves __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+typedef uint16_t unsigned_halves __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+
+#if defined(__AVX512F__)
+SB_INLINE veci widen(const int8_t* p) { return (veci)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+SB_INLINE veci widen(const uint8_t* p) { return (veci)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+SB_INLINE veci widen(const uint16_t* p) { return (veci)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)); }
+#elif defined(__AVX2__)
+SB_INLINE veci widen(const int8_t* p) { return (veci)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+SB_INLINE veci widen(const uint8_t* p) { return (veci)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+SB_INLINE veci widen(const uint16_t* p) { return (veci)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }
+#else
+SB_INLINE veci widen(const int8_t* p) {
+    return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const bytes*>(p), halves), veci);
+}
+SB_INLINE veci widen(const uint8_t* p) {
+    return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const unsigned_bytes*>(p), unsigned_halves), veci);
+}
+SB_INLINE veci widen(const uint16_t* p) {
+    return __builtin_convertvector(*reinterpret_cast<const unsigned_halves*>(p), veci);
+}
+#endif
 
 template <int... LANE>
 SB_INLINE veci numbers(std::integer_sequence<int, LANE...>) {
