@@ -86,12 +86,9 @@ def quantize(
         f"{out}: layers {result.layer_bytes / 1e6:.1f} MB, {result.times_smaller:.2f}x smaller than in 16 bits; "
         f"file {result.file_bytes / 1e6:.1f} MB" + _taken_up(result.resumed_layers)
     )
-    if (layout or usual_layout(method, bits)) == "gptq" and not symmetric:
-        typer.echo(
-            "vLLM (0.32) reads the gptq layout only with --symmetric; --layout compressed-tensors keeps these zeros "
-            "and is read by both",
-            err=True,
-        )
+    if (layout or usual_layout(method, bits)) == "gptq" and bits in (4, 8) and not symmetric:
+        other = "" if act_order == "desc" else "; --layout compressed-tensors keeps these zeros and is read by both"
+        typer.echo(f"vLLM (0.32) reads the gptq layout only with --symmetric{other}", err=True)
 
 
 def _taken_up(layers: int) -> str:

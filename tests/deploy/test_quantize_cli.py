@@ -65,6 +65,14 @@ def test_a_model_is_quantised_and_its_perplexity_measured(signalbox: Signalbox, 
     stated = json.loads(Path("out/config.json").read_text())["quantization_config"]
     assert stated["quant_method"] == {"awq": "awq", "gptq": "gptq", "rtn": "compressed-tensors"}[method]
     assert ("--layout compressed-tensors keeps these zeros" in made.err) == (method == "gptq")
+    if method == "gptq":
+        for arguments, said in ((("--act-order", "desc"), True), (("--bits", "2"), False), (("--symmetric",), False)):
+            other = signalbox(
+                "quantize", "./model", "--method", method, "--out", "other", *calibration, *FEW, *arguments
+            )
+            assert ("vLLM (0.32) reads the gptq layout only with --symmetric" in other.err) == said
+            assert "compressed-tensors" not in other.err, "it holds neither"
+            shutil.rmtree("other")
     modes = {path.stat().st_mode & 0o777 for path in Path("out").glob("*.[js]*")}
     assert len(modes) == 1, "who may read the configuration may read the weights"
 

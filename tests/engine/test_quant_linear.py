@@ -19,7 +19,7 @@ from tests.engine.native_builds import MARCHES, kernels, needs_compiler
 
 # Outputs, inputs, group: whole panels and less, one group a row, a short last group, groups smaller than a word.
 SHAPES = [(70, 64, 32), (33, 576, 576), (40, 96, 64), (5, 40, 8), (5, 44, 4), (64, 1344, 64)]
-ROWS = (1, 2, 5, 15, 200)
+ROWS = (*range(1, 10), 13, 15, 29, 200)
 
 
 def random_weight(

@@ -168,6 +168,26 @@ def test_a_step_costs_more_with_more_rows_than_were_ever_seen() -> None:
     assert np.diff(cost.relative(16, 8)).min() > 0.9 * slope
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_whatever_was_measured_at_start_costs_are_found_by_the_steps_that_run(seed: int) -> None:
+    """One knot's correction pushed later ones below nothing, and from there they ran away."""
+    chance, cost = random.Random(seed), StepCost()
+    truth = {rows: 0.01 * (1 + 0.2 * (rows - 1)) for rows in range(1, 13)}
+    probed = chance.sample([2, 4, 8, 16, 32], chance.randint(0, 5))
+    cost.calibrate({1: 0.01, **{rows: chance.uniform(0.005, 0.1) for rows in probed}})
+    for _ in range(4):
+        phase = [chance.randint(1, 12) for _ in range(chance.randint(1, 4))]
+        for _ in range(60):
+            for rows in phase:
+                cost.record(truth[rows], rows)
+            assert (cost._shape > 0.3).all()
+            assert (np.diff(cost.relative(1, 40)) >= 0).all()
+    for _ in range(400):
+        for rows in truth:
+            cost.record(truth[rows], rows)
+    assert cost.relative(8, 0)[0] == pytest.approx(truth[8] / truth[1], rel=0.1)
+
+
 def test_nobody_is_asked_where_no_guess_could_pay() -> None:
     assert can_pay(1, np.array([1.0, 1.05, 1.1]))
     assert not can_pay(16, np.linspace(1.0, 2.0, 17)), "a guess costs as much as it brings"
@@ -230,6 +250,23 @@ def _truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
+def _spoil(file: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(file)
+    save_file({**tensors, name: change(tensors[name]).contiguous()}, file)
+
+
+def _infinite(tensor: torch.Tensor) -> torch.Tensor:
+    changed = tensor.clone()
+    changed.view(-1)[0] = torch.inf
+    return changed
+
+
+_Q = "model.layers.0.self_attn.q_proj.weight"
+_NORM = "model.layers.0.input_layernorm.weight"
+
+
 def _edit(file: Path, **changed: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changed))
 
@@ -241,6 +278,12 @@ HEADS: list[tuple[Callable[[Path], None], str]] = [
     (lambda folder: _edit(folder / "heads.json", num_heads=4), r"heads.safetensors: tensor 'heads.3.*' is missing"),
     (lambda folder: _edit(folder / "heads.json", format="x"), "heads.json: format 'x'"),
     (lambda folder: _truncate(folder / "heads.safetensors"), "heads.safetensors is missing, truncated or corrupt"),
+    (lambda folder: _spoil(folder / "heads.safetensors", "targets", lambda t: t[:0]), "'targets' must hold different"),
+    (lambda folder: _spoil(folder / "heads.safetensors", "targets", lambda t: t[0]), "'targets' must hold different"),
+    (
+        lambda folder: _spoil(folder / "heads.safetensors", "heads.1.state.bias", _infinite),
+        "heads.safetensors: tensor 'heads.1.state.bias' holds numbers that are not finite",
+    ),
     (lambda folder: (folder / "heads.json").unlink(), "holds no heads.json"),
 ]
 
@@ -251,8 +294,9 @@ def test_heads_for_another_model_are_refused_naming_file_and_tensor(
 ) -> None:
     folder = write_heads(tmp_path, tiny_model, sequential=True)
     spoil(folder)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as refused:
         start(tiny_model, method="medusa", heads=str(folder))
+    assert refused.value.param == "speculative.heads"
 
 
 def test_heads_of_another_revision_are_taken_when_asked_for(tiny_model: Path, tmp_path: Path) -> None:
@@ -274,6 +318,19 @@ DRAFTS: list[tuple[Callable[[Path], None], str]] = [
         "draft.safetensors: tensor 'model.layers.1.*' is missing",
     ),
     (lambda folder: _truncate(folder / "draft.safetensors"), "draft.safetensors is missing, truncated or corrupt"),
+    (lambda folder: _spoil(folder / "draft.safetensors", "targets", lambda t: t[:0]), "'targets' must hold different"),
+    (
+        lambda folder: _spoil(folder / "draft.safetensors", _Q, lambda t: t.bool()),
+        f"draft.safetensors: tensor '{_Q}' is of torch.bool",
+    ),
+    (
+        lambda folder: _spoil(folder / "draft.safetensors", f"{_Q}.scale", _infinite),
+        f"draft.safetensors: tensor '{_Q}.scale' holds numbers that are not finite",
+    ),
+    (
+        lambda folder: _spoil(folder / "draft.safetensors", _NORM, lambda t: t.to(torch.int8)),
+        f"draft.safetensors: tensor '{_NORM}' is of torch.int8",
+    ),
 ]
 
 
@@ -282,9 +339,11 @@ def test_a_draft_of_another_models_layers_is_refused_naming_file_and_tensor(
     spoil: Callable[[Path], None], message: str, tiny_model: Path, tmp_path: Path
 ) -> None:
     folder = write_layers_draft(tmp_path, tiny_model)
+    assert len({file.stat().st_mode for file in folder.glob("draft.*")}) == 1, "who may read one may read the other"
     spoil(folder)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as refused:
         start(tiny_model, method="draft_model", model=str(folder))
+    assert refused.value.param == "speculative.model"
 
 
 def test_a_draft_with_another_tokenizer_is_refused(tiny_model: Path, tmp_path: Path) -> None:

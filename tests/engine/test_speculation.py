@@ -285,13 +285,15 @@ def test_guesses_leave_a_token_of_the_budget_to_everyone_behind(
 def test_a_proposer_that_fails_costs_no_request(
     speculative: dict[str, Speculative], make_engine: MakeEngine, oracle: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = make_engine(speculative=speculative["noised copy"])
+    settings = replace(speculative["noised copy"], method=("ngram", "draft_model"), min_match=1)
+    engine = make_engine(speculative=settings)
     prompt = prompts_of(7, 1)[0]
     engine.add(request("a", prompt, LONG))
     chunks = engine.step() + engine.step()
-    proposer: Any = engine.speculation._sources[0].proposer
+    proposer: Any = engine.speculation._sources[1].proposer
     monkeypatch.setattr(proposer, "propose", lambda *_: 1 / 0)
     chunks += drain(engine)
+    assert [source.proposer.name for source in engine.speculation._sources] == ["ngram"], "the other one goes on"
     assert_greedy_is_the_oracles(oracle, prompt, outputs(chunks)["a", 0])
     assert proposer.pool.num_free == proposer.pool.num_blocks
 

@@ -6,13 +6,14 @@
     simd.h           vectors of the target's widest size, exp2
     team.h           how many threads to use while other processes want the cores too, and who does what
     gemm.h, gemm.cpp linear layers on packed weights, and the register tile that attention shares
-    codes.h          quantised weights, dequantised slice by slice
+    codes.h          quantised weights: products with few rows, slices of numbers for many
     attention.cpp    paged attention over a mixed batch; key_block.h is what it does with 64 keys
     stack.cpp        all layers of a decoder in one call
+    chain.cpp        all guesses of a draft on the target's states in one call
     elementwise.cpp  RMSNorm (with residual), RoPE, SiLU * up
     compiler.py      flags, cache
     linear.py        weights as the kernels want them
-    ops.py, paged.py, stack.py: the Ops, Attention and Stack of the engine, on top of these
+    ops.py, paged.py, stack.py, chain.py: the Ops, Attention, Stack and Chain of the engine, on top of these
 
 Environment: SIGNALBOX_NATIVE=0 switches them off, CXX names the compiler, SIGNALBOX_CACHE (or XDG_CACHE_HOME) says
 where the built library is kept. `python -m replicas.engine.native` builds ahead of first use.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from replicas.engine.attention import LayerCache
 from replicas.engine.batch import StepBatch
-from replicas.engine.native.library import ChainParts, Library, pointer
+from replicas.engine.native.library import ChainParts, pointer
 from replicas.engine.native.linear import NativeLinear
 from replicas.engine.native.stack import NativeStack
 
@@ -23,14 +23,13 @@ class NativeChain:
 
     def __init__(
         self,
-        library: Library,
         stack: NativeStack,
         fuse: NativeLinear,
         head: NativeLinear,
         embedding: NativeLinear | Tensor,
         targets: Tensor,
     ) -> None:
-        self._run, self._stack = library.chain, stack
+        self._stack = stack
         self._held = fuse, head, embedding, targets  # what the structure below points to
         for linear, shape in ((fuse, (stack.hidden, 2 * stack.hidden)), (head, (len(targets), stack.hidden))):
             found = linear.out_features, linear.in_features
@@ -48,7 +47,7 @@ class NativeChain:
         described, shape = self._stack.describe(batch, caches)
         guesses = torch.empty((depth, described.sequences), dtype=torch.int64)
         sure = torch.empty((depth, described.sequences))
-        self._run(
+        self._stack.library.chain(
             *(ctypes.byref(part) for part in (self._parts, described, shape)),
             *(pointer(name, getattr(batch, name), torch.int64) for name in ("positions", "token_ids")),
             *(self._stack.inputs(states, batch), depth, guesses.data_ptr(), sure.data_ptr()),

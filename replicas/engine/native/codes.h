@@ -1,4 +1,5 @@
-// Panels of a quantised weight as float32, a slice at a time: what the register tiles of gemm.h multiply with.
+// The panels of a quantised weight as float32: in the registers that multiply with them, or a slice at a time for the
+// register tiles of gemm.h.
 //
 //   words    [panels][k / per][PANEL], per = 32 / bits codes of one column in a word, lowest bits first
 //   scales   [panels][groups][PANEL]

@@ -7,7 +7,8 @@
 // multiply-add ceiling with many. Every output element is one chain over k = 0..K-1, so a row's result does not depend
 // on the other rows.
 //
-// A quantised weight (codes.h) is dequantised slice by slice into the caches and multiplied by the same tiles.
+// A quantised weight (codes.h) becomes numbers in registers where one block of rows uses them, else slice by slice in the
+// caches for the same tiles.
 
 #include "codes.h"
 #include "gemm.h"
@@ -69,15 +70,16 @@ void pass(const Call& call, int64_t panel, int panels, int64_t k0, int64_t kc, c
         t.a = call.a + row * w.k + k0 * rows;
         t.b = b;
         t.b_panel = b_panel;
-        // While row blocks pass over this slice, the next panel's slice comes in, an equal share with each block.
-        t.prefetch = reinterpret_cast<const char*>(b + panels * w.k * PANEL) + (i - block0) * bytes / spread;
-        t.prefetch_step = std::max<int64_t>(1, PANEL * 4 / spread);
-        if (!b)
+        if (!b) {
             codes_kernel_for(*w.codes, rows, panels)(t, w, panel, k0);
-        else
+        } else {
+            // While row blocks pass over this slice, the next panel's slice comes in, an equal share with each block.
+            t.prefetch = reinterpret_cast<const char*>(b + panels * w.k * PANEL) + (i - block0) * bytes / spread;
+            t.prefetch_step = std::max<int64_t>(1, PANEL * 4 / spread);
             (w.codes ? tile_for<0, Nothing>(rows, panels)
              : spread == 1 ? tile_for<0, Stream>(rows, panels)
                            : tile_for<0, Spread>(rows, panels))(t);
+        }
         if (partial)
             for (int r = 0; r < rows; r++)
                 std::memcpy(c + r * call.y_ld, edge + r * t.c_ld, (w.n - column) * 4);

@@ -31,7 +31,7 @@ class NativeStack:
     """See `replicas.engine.stack.Stack` for the contract; not for two threads at once."""
 
     def __init__(self, library: Library, weights: Weights, config: ModelConfig) -> None:
-        self._run = library.stack
+        self.library = library
         self._weights = weights  # keeps alive what the structures below point to
         self.hidden = config.hidden_size
         self._layers = (StackLayer * len(weights.layers))(*map(_describe_layer, weights.layers))
@@ -53,7 +53,7 @@ class NativeStack:
         described, shape = self.describe(batch, caches)
         rows = batch.logits_rows
         out = torch.empty((len(rows), self.hidden))
-        self._run(
+        self.library.stack(
             *(ctypes.byref(part) for part in (self.structure, described, shape)),
             *(pointer("positions", batch.positions, torch.int64), self.inputs(embeddings, batch)),
             *(pointer("logits_rows", rows, torch.int64), len(rows), out.data_ptr()),

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from replicas.engine.model_config import ModelConfig
+from replicas.engine.tensor_files import write_tensors
 from replicas.engine.weights import Checkpoint, read_json
 from replicas.protocol import ConfigError
 
@@ -74,8 +75,6 @@ def _scaling(config: ModelConfig) -> dict[str, Any]:
 
 def write_folder(out: Path, checkpoint: Checkpoint, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int:
     """Write the folder `out`, which appears whole or not at all; bytes of model.safetensors."""
-    from safetensors.torch import save_file
-
     part = out.with_name(f"{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
     part.mkdir(parents=True)
@@ -86,10 +85,8 @@ def write_folder(out: Path, checkpoint: Checkpoint, config: Mapping[str, Any], t
         from replicas.engine.tokenizer import write_tokenizer_files
 
         write_tokenizer_files(checkpoint.gguf.path, part)
-    save_file(dict(tensors), part / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(part / "model.safetensors", tensors)
     (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    # safetensors lets only its writer read a file; whoever may read the rest may read the weights.
-    (part / "model.safetensors").chmod((part / "config.json").stat().st_mode)
     os.replace(part, out)
     return (out / "model.safetensors").stat().st_size
 

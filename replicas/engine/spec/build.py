@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -19,7 +17,7 @@ from replicas.engine.spec.chain import choose_chain
 from replicas.engine.spec.config import Speculative
 from replicas.engine.spec.draft_layers import CONFIG as DRAFT_CONFIG
 from replicas.engine.spec.draft_layers import FUSE, STATES, DraftCheckpoint, SubsetHead, rounded_linear
-from replicas.engine.spec.draft_model import DraftModel, Head
+from replicas.engine.spec.draft_model import DraftModel
 from replicas.engine.spec.heads import open_heads
 from replicas.engine.spec.lookup import Ngram, Suffix
 from replicas.engine.spec.medusa import Medusa
@@ -73,40 +71,35 @@ def _draft_model(
     settings: Speculative, config: EngineConfig, loaded: Loaded, ops: Ops, max_model_len: int
 ) -> DraftModel | StateDraft:
     assert settings.model is not None, "Speculative let draft_model without a model pass"
-    target = loaded.decoder
-    checkpoint: Checkpoint
-    kind: Callable[..., DraftModel | StateDraft] = DraftModel
-    if (Path(settings.model).expanduser() / DRAFT_CONFIG).is_file():
-        checkpoint = DraftCheckpoint(
-            Path(settings.model).expanduser(),
+    target, folder = loaded.decoder, Path(settings.model).expanduser()
+    pool = {
+        "kv_tokens": settings.draft_kv_tokens,
+        "block_size": config.block_size,
+        "max_sequences": config.max_num_seqs,
+        "budget": loaded.max_num_batched_tokens,
+    }
+    if (folder / DRAFT_CONFIG).is_file():
+        draft = DraftCheckpoint(
+            folder,
             target.config,
             target.revision,
             any_revision=settings.any_revision,
             codes=ops.multiplies_quantized and loaded.device.type == "cpu",
         )
-        decoder = _decoder(checkpoint, ops, loaded, max_model_len, shared=target)
-        head: Head = (subset := SubsetHead(target, checkpoint.targets, ops))
-        if checkpoint.fed_with == STATES:
-            fuse = rounded_linear(checkpoint.tensor(FUSE).to(loaded.device, loaded.dtype), None, ops)
-            kind = partial(StateDraft, choose_chain(decoder, fuse, subset))
-    else:
-        checkpoint = open_checkpoint(settings.model)
-        if Tokenizer.load(checkpoint).vocabulary() != loaded.tokenizer.vocabulary():
-            raise ConfigError(
-                f"speculative.model {settings.model!r}: its tokenizer does not have the model's vocabulary, so its "
-                "guesses would mean other tokens",
-                param="speculative.model",
-            )
-        decoder = _decoder(checkpoint, ops, loaded, min(max_model_len, checkpoint.config.max_position_embeddings))
-        head = _WholeHead(decoder, target.config.vocab_size)
-    return kind(
-        decoder,
-        head,
-        kv_tokens=settings.draft_kv_tokens,
-        block_size=config.block_size,
-        max_sequences=config.max_num_seqs,
-        budget=loaded.max_num_batched_tokens,
-    )
+        decoder, head = _decoder(draft, ops, loaded, max_model_len, target), SubsetHead(target, draft.targets, ops)
+        if draft.fed_with != STATES:
+            return DraftModel(decoder, head, **pool)
+        fuse = rounded_linear(draft.tensor(FUSE).to(loaded.device, loaded.dtype), None, ops)
+        return StateDraft(decoder, choose_chain(decoder, fuse, head), **pool)
+    checkpoint = open_checkpoint(settings.model)
+    if Tokenizer.load(checkpoint).vocabulary() != loaded.tokenizer.vocabulary():
+        raise ConfigError(
+            f"speculative.model {settings.model!r}: its tokenizer does not have the model's vocabulary, so its guesses "
+            "would mean other tokens",
+            param="speculative.model",
+        )
+    decoder = _decoder(checkpoint, ops, loaded, min(max_model_len, checkpoint.config.max_position_embeddings))
+    return DraftModel(decoder, _WholeHead(decoder, target.config.vocab_size), **pool)
 
 
 def _decoder(

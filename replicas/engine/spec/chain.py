@@ -10,10 +10,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from replicas.engine import native
 from replicas.engine.attention import LayerCache
 from replicas.engine.batch import StepBatch
 from replicas.engine.model import Decoder
+from replicas.engine.native.chain import NativeChain
 from replicas.engine.native.linear import NativeLinear
 from replicas.engine.native.stack import NativeStack
 from replicas.engine.ops import Linear
@@ -78,9 +78,5 @@ def choose_chain(decoder: Decoder, fuse: Linear, head: SubsetHead) -> Chain:
         and isinstance(output, NativeLinear)
         and isinstance(embedding, NativeLinear | Tensor)
     ):
-        from replicas.engine.native.chain import NativeChain
-
-        kernels = native.library()
-        assert kernels is not None, "native operations were chosen and now the kernels are gone"
-        return NativeChain(kernels, stack, fuse, output, embedding, head.targets)
+        return NativeChain(stack, fuse, output, embedding, head.targets)
     return StepByStep(decoder, fuse, head)

@@ -55,6 +55,8 @@ class StepCost:
             # For more rows too, of which nothing was seen: what these took longer (long contexts, sampling) those would
             # as well. Else more rows than usual would seem to cost less than they do.
             self._shape[at:] += _SHAPE_WEIGHT * (ratio - 1) * self._shape[at]
+            # What was thought of them may now be less than what fewer rows were seen to cost.
+            self._shape[at:] = np.maximum(self._shape[at:], self._shape[at])
             self.scale, self._shape = self.scale * float(self._shape[0]), self._shape / self._shape[0]
         self.scale *= 1 + _SCALE_WEIGHT * (min(ratio, _OUTLIER) - 1)
 

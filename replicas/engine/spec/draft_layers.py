@@ -31,8 +31,9 @@ from replicas.engine.model_config import ModelConfig
 from replicas.engine.ops import Linear, Ops
 from replicas.engine.quantized.rounding import int8
 from replicas.engine.quantized.weight import QuantizedWeight
-from replicas.engine.spec.heads import check_targets, read_tensors
+from replicas.engine.spec.heads import check_targets
 from replicas.engine.spec.proposer import best_guesses
+from replicas.engine.tensor_files import check_numbers, read_tensors, write_tensors
 from replicas.engine.weights import Checkpoint, expected_tensors, read_json
 from replicas.protocol import ConfigError
 
@@ -40,6 +41,7 @@ FORMAT = "signalbox-draft-1"
 CONFIG, _WEIGHTS = "draft.json", "draft.safetensors"
 FUSE = "fuse.weight"
 TOKENS, STATES = "tokens", "states"
+_PARAM = "speculative.model"
 _SHARED = ("model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -55,19 +57,18 @@ class DraftConfig:
 
 def own_tensors(model: ModelConfig, num_layers: int, fed_with: str) -> dict[str, tuple[int, ...]]:
     """Shapes of what a draft of `num_layers` of the model's layers brings itself, by name."""
-    shapes = expected_tensors(shallow(model, num_layers))
+    shapes = expected_tensors(shallow(model, tuple(range(num_layers))))
     own = {name: shape for name, shape in shapes.items() if name not in _SHARED}
     return own | {FUSE: (model.hidden_size, 2 * model.hidden_size)} if fed_with == STATES else own
 
 
-def shallow(model: ModelConfig, num_layers: int) -> ModelConfig:
-    return replace(model, num_layers=num_layers, windows=model.windows[:num_layers])
+def shallow(model: ModelConfig, layers: tuple[int, ...]) -> ModelConfig:
+    """A model of these layers only."""
+    return replace(model, num_layers=len(layers), windows=tuple(model.windows[layer] for layer in layers))
 
 
 def save_draft(folder: Path, config: DraftConfig, tensors: Mapping[str, Tensor], targets: Tensor) -> None:
     """Matrices in int8, to the nearest of 255 levels of each row's own range."""
-    from safetensors.torch import save_file
-
     held: dict[str, Tensor] = {"targets": targets.to(torch.int32).contiguous()}
     for name, tensor in tensors.items():
         if tensor.dim() == 2:
@@ -77,9 +78,7 @@ def save_draft(folder: Path, config: DraftConfig, tensors: Mapping[str, Tensor],
         else:
             held[name] = tensor.half().contiguous()
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / (_WEIGHTS + ".part")
-    save_file(held, partial)
-    partial.replace(folder / _WEIGHTS)
+    write_tensors(folder / _WEIGHTS, held)
     (folder / CONFIG).write_text(json.dumps(asdict(config), indent=2) + "\n")
 
 
@@ -108,12 +107,12 @@ class DraftCheckpoint:
             )
         if not all(0 <= layer < target.num_layers for layer in draft.layers):
             raise _refused(f"{CONFIG}: layers {list(draft.layers)} are not all in 0..{target.num_layers - 1}")
-        self.config, self.fed_with = shallow(target, len(draft.layers)), draft.fed_with
+        self.config, self.fed_with = shallow(target, draft.layers), draft.fed_with
         self.revision = f"{revision}-draft"
-        self._tensors = read_tensors(folder / _WEIGHTS)
+        self._tensors = read_tensors(folder / _WEIGHTS, _PARAM)
         for name, shape in own_tensors(target, len(draft.layers), draft.fed_with).items():
             self._check(name, shape)
-        check_targets(self._tensors.get("targets"), target.vocab_size, _WEIGHTS)
+        check_targets(self._tensors.get("targets"), target.vocab_size, _WEIGHTS, _PARAM)
         self.targets = self._tensors["targets"].long()
 
     def _check(self, name: str, shape: tuple[int, ...]) -> None:
@@ -123,10 +122,11 @@ class DraftCheckpoint:
             raise _refused(
                 f"{_WEIGHTS}: tensor {name!r} has shape {tuple(self._tensors[name].shape)}, expected {shape}"
             )
-        if self._tensors[name].dtype is torch.int8:
-            scale = self._tensors.get(name + ".scale")
-            if scale is None or tuple(scale.shape) != (shape[0], 1):
-                raise _refused(f"{_WEIGHTS}: tensor {name + '.scale'!r} is missing or not of shape {(shape[0], 1)}")
+        if len(shape) == 2 and self._tensors[name].dtype is torch.int8:
+            name += ".scale"
+            if name not in self._tensors or tuple(self._tensors[name].shape) != (shape[0], 1):
+                raise _refused(f"{_WEIGHTS}: tensor {name!r} is missing or not of shape {(shape[0], 1)}")
+        check_numbers(self._tensors[name], f"{_WEIGHTS}: tensor {name!r}", _PARAM)
 
     def tensor(self, name: str) -> Tensor:
         held = self._tensors[name]
@@ -172,7 +172,7 @@ def _parse(given: Mapping[str, Any]) -> DraftConfig:
 
 
 def _refused(why: str) -> ConfigError:
-    return ConfigError(why, param="speculative.model")
+    return ConfigError(why, param=_PARAM)
 
 
 def state_tensors(checkpoint: Checkpoint, num_layers: int, seed: int = 0) -> dict[str, Tensor]:

@@ -31,16 +31,14 @@ class Head(Protocol):
 class Shadows:
     """The pool and who holds blocks of it; the half of a proposer that does not guess.
 
-    decoder: the small model. head: from its hidden states to tokens. kv_tokens: size of its pool. max_sequences:
-    shadows at most. budget: tokens of one of its steps, so that a long prompt is computed in pieces.
+    decoder: the small model. kv_tokens: size of its pool. max_sequences: shadows at most. budget: tokens of one of its
+    steps.
     """
 
     name, costs = "draft_model", True
 
-    def __init__(
-        self, decoder: Decoder, head: Head, *, kv_tokens: int, block_size: int, max_sequences: int, budget: int
-    ) -> None:
-        self._decoder, self._head, self._budget = decoder, head, budget
+    def __init__(self, decoder: Decoder, *, kv_tokens: int, block_size: int, max_sequences: int, budget: int) -> None:
+        self._decoder, self._budget = decoder, budget
         blocks = max(kv_tokens // block_size, 1)
         self.pool = BlockPool(blocks, block_size, enable_prefix_caching=False)
         self._layout = Layout(max_sequences, decoder.max_model_len, block_size, decoder.device)
@@ -87,7 +85,14 @@ class Shadows:
 
 
 class DraftModel(Shadows):
-    """A model of its own, or layers of the target: reads tokens and nothing else."""
+    """A model of its own, or layers of the target: reads tokens and nothing else, a long prompt in pieces.
+
+    head: from its hidden states to tokens.
+    """
+
+    def __init__(self, decoder: Decoder, head: Head, **settings: int) -> None:
+        super().__init__(decoder, **settings)
+        self._head = head
 
     @torch.inference_mode()
     def propose(self, sequences: Seq[Sequence], depth: int) -> list[Proposal]:

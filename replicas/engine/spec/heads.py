@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from replicas.engine.tensor_files import check_numbers, read_tensors, write_tensors
 from replicas.engine.weights import read_json
 from replicas.protocol import ConfigError
 
@@ -55,15 +56,11 @@ class HeadsConfig:
 
 def save_heads(folder: Path, config: HeadsConfig, tensors: Mapping[str, Tensor]) -> None:
     """Weights in float16."""
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
     half = {
         name: (t.to(torch.int32) if name == "targets" else t.half()).contiguous().clone() for name, t in tensors.items()
     }
-    partial = folder / (_WEIGHTS + ".part")
-    save_file(half, partial)
-    partial.replace(folder / _WEIGHTS)
+    write_tensors(folder / _WEIGHTS, half)
     (folder / _CONFIG).write_text(json.dumps(asdict(config), indent=2) + "\n")
 
 
@@ -83,36 +80,25 @@ def open_heads(
             f"{_CONFIG}: these heads were trained for weights {config.base_revision}, the model's are {revision} "
             "(speculative.any_revision takes them anyway)"
         )
-    tensors = read_tensors(root / _WEIGHTS)
+    tensors = read_tensors(root / _WEIGHTS, "speculative.heads")
     for name, shape in config.shapes().items():
         if name not in tensors:
             raise _refused(f"{_WEIGHTS}: tensor {name!r} is missing")
         if tuple(tensors[name].shape) != shape:
             raise _refused(f"{_WEIGHTS}: tensor {name!r} has shape {tuple(tensors[name].shape)}, expected {shape}")
-    check_targets(tensors.get("targets"), vocab_size, _WEIGHTS)
+        check_numbers(tensors[name], f"{_WEIGHTS}: tensor {name!r}", "speculative.heads")
+    check_targets(tensors.get("targets"), vocab_size, _WEIGHTS, "speculative.heads")
     return config, {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file; ConfigError if it is missing, truncated or corrupt."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors: dict[str, Tensor] = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{file.name} is missing, truncated or corrupt: {error}") from error
-    return tensors
-
-
-def check_targets(targets: Tensor | None, vocab_size: int, file: str) -> None:
+def check_targets(targets: Tensor | None, vocab_size: int, file: str, param: str) -> None:
     """`targets`: the token ids, each once, that a guess may name."""
     if targets is None:
-        raise _refused(f"{file}: tensor 'targets' is missing")
+        raise ConfigError(f"{file}: tensor 'targets' is missing", param=param)
     whole = targets.dim() == 1 and len(targets) > 0 and targets.dtype in (torch.int32, torch.int64)
     ids = set(targets.tolist()) if whole else set()
-    if len(ids) < len(targets) or not 0 <= min(ids) <= max(ids) < vocab_size:
-        raise _refused(f"{file}: tensor 'targets' must hold different token ids in 0..{vocab_size - 1}")
+    if not whole or len(ids) < len(targets) or not 0 <= min(ids) <= max(ids) < vocab_size:
+        raise ConfigError(f"{file}: tensor 'targets' must hold different token ids in 0..{vocab_size - 1}", param=param)
 
 
 def _parse(given: Mapping[str, Any]) -> HeadsConfig:

@@ -108,7 +108,7 @@ def make_heads(
 def make_draft(material: Material, *, layers: tuple[int, ...], steps: int, batch: int, progress: Progress) -> float:
     """Writes the artefact; returns how often, on text held out, it guesses the next token."""
     checkpoint, learn, measure, vocabulary = _learn_from(material, progress)
-    shape: ModelConfig = shallow(checkpoint.config, len(layers))
+    shape: ModelConfig = shallow(checkpoint.config, layers)
     tensors = train_draft(
         learn,
         layer_tensors(checkpoint, layers),
@@ -127,7 +127,7 @@ def make_state_draft(
 ) -> list[float]:
     """Writes the artefact; returns how often, on text held out, the first guess is right, the first two, …"""
     checkpoint, learn, measure, vocabulary = _learn_from(material, progress)
-    shape: ModelConfig = shallow(checkpoint.config, len(layers))
+    shape: ModelConfig = shallow(checkpoint.config, layers)
     tensors = train_state_draft(
         learn,
         state_tensors(checkpoint, len(layers)),

@@ -73,15 +73,7 @@ class Speculation:
         if not self._sources:
             return
         began = time.perf_counter()
-        try:
-            self._propose([seq for seq in running if seq.decodes and _room(seq) > 0], rows)
-        except Exception:
-            # Requests do not need guesses: go on without the proposers rather than lose what they guess for.
-            logger.exception("a proposer failed: this engine goes on without speculation")
-            for seq in running:
-                self.forget(seq)
-                seq.drafts = []
-            self._sources = []
+        self._propose([seq for seq in running if seq.decodes and _room(seq) > 0], rows)
         self.proposing_s = time.perf_counter() - began
 
     def _propose(self, sequences: list[Sequence], rows: int) -> None:
@@ -102,7 +94,16 @@ class Speculation:
             sequences, depth = self._worth_asking(source, best, rows)
         if not depth or not sequences:
             return
-        for seq, proposal in zip(sequences, source.ask(sequences, depth), strict=True):
+        try:
+            proposals = source.ask(sequences, depth)
+        except Exception:
+            # Requests do not need guesses: go on without the proposer rather than lose what it guesses for.
+            logger.exception("proposer %s failed: this engine goes on without it", source.proposer.name)
+            for seq in best:
+                source.proposer.forget(seq)
+            self._sources.remove(source)
+            return
+        for seq, proposal in zip(sequences, proposals, strict=True):
             most = min(_room(seq), self._most)
             proposal = Proposal(proposal.tokens[:most], proposal.levels[:most])
             gain = _gain(source.acceptance.probabilities(seq, proposal.levels))

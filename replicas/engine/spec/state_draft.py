@@ -10,11 +10,11 @@ of them, and the states of the output know what matters of a prompt.
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from replicas.engine.model import Decoder
 from replicas.engine.sequence import Sequence
 from replicas.engine.spec.chain import Chain
 from replicas.engine.spec.draft_model import Shadows
@@ -28,8 +28,8 @@ _CATCH_UP = 32
 class StateDraft(Shadows):
     """chain: computes the guesses. A shadow has the output tokens whose states are known."""
 
-    def __init__(self, chain: Chain, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **settings)
+    def __init__(self, decoder: Decoder, chain: Chain, **settings: int) -> None:
+        super().__init__(decoder, **settings)
         self._chain = chain
         self._unseen: dict[Sequence, list[Tensor]] = {}  # states [N, H] before the newest tokens, not computed yet
 
