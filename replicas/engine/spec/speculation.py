@@ -6,6 +6,8 @@ import logging
 import time
 from collections.abc import Sequence as Seq
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from replicas.engine.sequence import AfterDrafts, Sequence
@@ -79,19 +81,22 @@ class Speculation:
     def _propose(self, sequences: list[Sequence], rows: int) -> None:
         if not sequences:
             return
-        if self._adaptive and not can_pay(len(sequences), self.cost.relative(rows, len(sequences) * self._most)):
+        cost = self.cost.relative(rows, len(sequences) * self._most)
+        if self._adaptive and not can_pay(len(sequences), cost):
             for seq in sequences:
                 self._idle(seq)
             return
         best = {seq: (0.0, self._sources[0], Proposal()) for seq in sequences}
         for source in sorted(self._sources, key=lambda source: source.proposer.costs):
-            self._ask(source, best, rows)
-        self._cut(best, rows)
+            self._ask(source, best, cost)
+        self._cut(best, cost)
 
-    def _ask(self, source: _Source, best: dict[Sequence, tuple[float, _Source, Proposal]], rows: int) -> None:
+    def _ask(
+        self, source: _Source, best: dict[Sequence, tuple[float, _Source, Proposal]], cost: NDArray[np.float64]
+    ) -> None:
         sequences, depth = list(best), self._most
         if source.proposer.costs and self._adaptive:
-            sequences, depth = self._worth_asking(source, best, rows)
+            sequences, depth = self._worth_asking(source, best, cost)
         if not depth or not sequences:
             return
         try:
@@ -111,22 +116,25 @@ class Speculation:
                 best[seq] = gain, source, proposal
 
     def _worth_asking(
-        self, source: _Source, best: dict[Sequence, tuple[float, _Source, Proposal]], rows: int
+        self, source: _Source, best: dict[Sequence, tuple[float, _Source, Proposal]], cost: NDArray[np.float64]
     ) -> tuple[list[Sequence], int]:
         """The sequences for which it usually knows better than what is there, and how far ahead to ask."""
         usual = {seq: source.acceptance.usual(seq) for seq in best}
         sequences = [seq for seq, worth in usual.items() if _gain(worth) > best[seq][0]]
-        cost = self.cost.relative(rows, len(sequences) * self._most)
         asking = source.cost.seconds(self._most) / (self.cost.scale or 1.0)
         return sequences, choose_depth([usual[seq] for seq in sequences], len(best) - len(sequences), cost, asking)
 
-    def _cut(self, best: dict[Sequence, tuple[float, _Source, Proposal]], rows: int) -> None:
+    def _cut(self, best: dict[Sequence, tuple[float, _Source, Proposal]], cost: NDArray[np.float64]) -> None:
         """Of each proposal the part that pays."""
         proposals = list(best.values())
+        if not any(proposal.tokens for _, _, proposal in proposals):
+            for seq in best:
+                self._idle(seq)
+            return
         lengths = [len(proposal.tokens) for _, _, proposal in proposals]
         chances = [source.acceptance.probabilities(seq, proposal.levels) for seq, (_, source, proposal) in best.items()]
         if self._adaptive:
-            lengths = choose_lengths(chances, self.cost.relative(rows, sum(lengths)), self._trust)
+            lengths = choose_lengths(chances, cost, self._trust)
         for seq, length, (_, source, proposal), chance in zip(best, lengths, proposals, chances, strict=True):
             seq.drafts = list(proposal.tokens[:length])
             if length:
