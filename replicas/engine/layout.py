@@ -54,7 +54,8 @@ class Layout:
         for seq, count in items:
             known = seq.tokens[seq.num_computed : seq.num_computed + count]
             token_ids += known + seq.drafts[: count - len(known)] if len(known) < count else known
-        positions, slots, wanted = (self._few if ends[-1] <= _FEW else self._many)(items, table, counts, ends)
+        places = self._few(items, ends) if ends[-1] <= _FEW else self._many(items, table, counts, ends)
+        positions, slots, wanted = places
         return StepBatch(
             token_ids=self._with_pending(self._staged(token_ids, torch.int64), items, lens, ends, drawn),
             positions=self._staged(positions, torch.int64),
@@ -67,9 +68,7 @@ class Layout:
             max_context_len=max(lens),
         )
 
-    def _few(
-        self, items: Seq[tuple[Sequence, int]], table: NDArray[np.int32], counts: list[int], ends: list[int]
-    ) -> tuple[list[int], list[int], list[int]]:
+    def _few(self, items: Seq[tuple[Sequence, int]], ends: list[int]) -> tuple[list[int], list[int], list[int]]:
         """Positions, slots and rows that are sampled from. As `_many`, in the time that numpy takes to begin."""
         positions: list[int] = []
         slots: list[int] = []
