@@ -15,7 +15,7 @@ from replicas.engine.triton.attention import TritonAttention
 from replicas.engine.triton.cache import rope_and_write, write_cache
 from replicas.engine.triton.cases import ATTENTION, LINEAR, AttentionCase, LinearCase
 from replicas.engine.triton.ops import TritonOps
-from replicas.engine.triton.quant import KERNELS, TritonQuantizedLinear
+from replicas.engine.triton.quant import VARIANTS, TritonQuantizedLinear
 
 LIMITS = {torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
@@ -133,9 +133,9 @@ def checks(device: torch.device, seed: int) -> dict[str, list[Callable[[], list[
         "linear": [
             linear(case, kernel, rows)
             for case in LINEAR
-            for kernel, most in KERNELS.items()
             for rows in case.rows
-            if rows <= most
+            for kernel, variant in VARIANTS.items()
+            if variant.fits(rows, case.shape[0], case.dtype)
         ],
         "small": [small(dtype) for dtype in LIMITS],
     }

@@ -6,12 +6,12 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
 Measure = Callable[[Callable[[], object]], float]
 
 
@@ -23,24 +23,39 @@ class Crossover:
         self._known = _read(file)
 
     def choose(
-        self, key: str, candidates: Mapping[str, int], run: Callable[[str, int], Callable[[], object]]
+        self, key: str, candidates: Callable[[int], Sequence[str]], run: Callable[[str, int], Callable[[], object]]
     ) -> dict[int, str]:
         """The fastest kernel for each of BUCKETS.
 
-        key: names everything that times depend on. candidates: kernel -> most rows it takes. run(kernel, rows) gives
-        what is to be timed.
+        key: names everything that times depend on. candidates(rows): kernels that take so many. run(kernel, rows)
+        gives what is to be timed.
         """
         stored = self._known.get(key, {})
         chosen = {rows: stored.get(str(rows), "") for rows in BUCKETS}
-        if all(name in candidates and candidates[name] >= rows for rows, name in chosen.items()):
+        if all(name in candidates(rows) for rows, name in chosen.items()):
             return chosen
         for rows in BUCKETS:
-            times = {name: self._measure(run(name, rows)) for name, most in candidates.items() if rows <= most}
+            times = self._times(candidates(rows), rows, run)
             chosen[rows] = min(times, key=lambda name: times[name])
         logger.info("kernels of %s: %s", key, chosen)
         self._known[key] = {str(rows): name for rows, name in chosen.items()}
         self._write()
         return chosen
+
+    def _times(
+        self, names: Sequence[str], rows: int, run: Callable[[str, int], Callable[[], object]]
+    ) -> dict[str, float]:
+        """Of those that can run: a device may have less shared memory than a kernel wants."""
+        times, refused = {}, None
+        for name in names:
+            try:
+                times[name] = self._measure(run(name, rows))
+            except Exception as error:
+                logger.info("%s does not run on %d rows: %s", name, rows, error)
+                refused = error
+        if refused is not None and not times:
+            raise refused
+        return times
 
     def _write(self) -> None:
         """Other processes' entries are kept; a cache that cannot be written costs the next start its measuring."""

@@ -1,8 +1,8 @@
 """Linear layers on weights of 2, 4 or 8 bits, in Triton. See kernels/quant.py for the layout and the arithmetic.
 
-Three kernels, chosen by the number of rows: `few` multiplies without tensor cores, `some` with them, its inputs split
-over programs; `dequantise` writes the weight out in full and leaves the product to cuBLAS. On a GPU the borders between
-them are measured at load (crossover.py); in the interpreter they are fixed.
+Three kernels: `few` multiplies without tensor cores, `some` with them, `dequantise` writes the weight out in full and
+leaves the product to cuBLAS. `some` comes in several sizes, and for few outputs the inputs are split over programs.
+On a GPU, what is fastest for a number of rows is measured at load (crossover.py); in the interpreter it is fixed.
 """
 
 from __future__ import annotations
@@ -19,33 +19,69 @@ from replicas.engine.native.compiler import cache_dir
 from replicas.engine.quantized.weight import QuantizedWeight
 from replicas.engine.triton.attention import dot_type
 from replicas.engine.triton.crossover import BUCKETS, Crossover, bucket_of
-from replicas.engine.triton.device import multiprocessors, next_power_of_2
+from replicas.engine.triton.device import interpreting, multiprocessors, next_power_of_2
 
-KERNELS = {"few": 4, "some": 64, "dequantise": BUCKETS[-1]}
-_FIXED = {rows: "few" if rows <= 4 else "some" if rows <= 64 else "dequantise" for rows in BUCKETS}
-_PLANES = (64, 32, 16)
+_OUTPUTS, _HALVES = 64, 1024  # of a unit of codes: outputs, and numbers of 16 bits
+_TAKEN = 128  # inputs that a program takes at once
+_MOST_FEW, _MOST_BLOCKS, _MOST_SPLITS = 4, 16, 16
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A kernel in one size. rows, outputs: of a program's part of the result. stages: loads that are under way at once.
+    most: rows that it is tried with, at most."""
+
+    kernel: str
+    most: int
+    rows: int = 1
+    outputs: int = _OUTPUTS
+    warps: int = 4
+    stages: int = 1
+
+    @property
+    def name(self) -> str:
+        return self.kernel if self.kernel != "some" else f"some {self.rows}x{self.outputs}w{self.warps}s{self.stages}"
+
+    def fits(self, rows: int, outputs: int, dtype: torch.dtype) -> bool:
+        """Whether it is worth trying on `rows` rows of a weight with so many outputs (rounded up to units)."""
+        if rows > self.most or -(-outputs // _OUTPUTS) * _OUTPUTS % self.outputs:
+            return False
+        # Without tensor cores for float32, larger parts than these would not fit into registers.
+        tight = self.rows <= max(16, next_power_of_2(rows)) and rows <= self.rows * 4
+        return self.kernel != "some" or (tight and (dtype is not torch.float32 or self.rows <= 32))
+
+
+# Found by what compilers make of them (docs/gpu.md): all of these keep their sums in registers on compute capability
+# 9.0 and spend two to five instructions on a weight.
+VARIANTS = {
+    variant.name: variant
+    for variant in (
+        Variant("few", _MOST_FEW),
+        Variant("some", 512, 16, 64, 4, 4),
+        Variant("some", 512, 16, 128, 4, 4),
+        Variant("some", 512, 32, 128, 8, 4),
+        Variant("some", 512, 64, 64, 4, 3),
+        Variant("some", 512, 64, 128, 8, 4),
+        Variant("some", 512, 128, 128, 8, 3),
+        Variant("dequantise", BUCKETS[-1]),
+    )
+}
 
 
 def obstacle(weight: QuantizedWeight) -> str:
     """Why the kernels cannot multiply with this weight; "" if they can."""
-    if _plane(weight) is None:
-        return f"groups of {weight.group_size} inputs are not a multiple of {_PLANES[-1]}"
+    group = weight.group_size
+    if group < weight.shape[1] and (group < 16 or group & (group - 1)):
+        return f"groups of {group} inputs are not a power of two of 16 or more"
     return ""
-
-
-def _plane(weight: QuantizedWeight) -> int | None:
-    """Inputs of one tile: no tile reaches into a second group."""
-    if weight.group_size >= weight.shape[1]:
-        return _PLANES[0]
-    return next((plane for plane in _PLANES if weight.group_size % plane == 0), None)
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A weight [N, K] as the kernels read it; `origin`: 0 none, 1 zero points, 2 minima."""
+    """A weight [N, K] as the kernels read it. codes: int16 [N / 64, units, 1024], both rounded up; scales and origins
+    [groups, N]. group: 0 where there is only one. origin: 0 none, 1 zero points, 2 minima."""
 
     bits: int
-    plane: int
     group: int
     shape: tuple[int, int]
     codes: Tensor
@@ -54,8 +90,17 @@ class Packed:
     origin: int
 
     @property
+    def units_at_once(self) -> int:
+        return max(1, _TAKEN * self.bits // 256)
+
+    @property
+    def taken(self) -> int:
+        """Inputs that a program takes at once."""
+        return self.units_at_once * 256 // self.bits
+
+    @property
     def steps(self) -> int:
-        return self.codes.shape[1] // self.plane
+        return self.codes.shape[1] // self.units_at_once
 
     @property
     def nbytes(self) -> int:
@@ -64,33 +109,42 @@ class Packed:
 
 def pack(weight: QuantizedWeight, device: torch.device) -> Packed:
     """Repack once, on `device`."""
-    plane = _plane(weight)
-    assert plane is not None, obstacle(weight)
-    rows, columns = weight.shape
-    per_byte = 8 // weight.bits
-    codes = weight.codes.to(device)
-    short = -columns % (plane * per_byte)
-    if short:
-        codes = torch.nn.functional.pad(codes, (0, short))  # meets inputs that are 0
-    tiles = codes.view(rows, -1, per_byte, plane)
-    packed = tiles[:, :, 0].clone()
-    for place in range(1, per_byte):
-        packed |= tiles[:, :, place] << (place * weight.bits)
+    assert not obstacle(weight), obstacle(weight)
+    (rows, columns), bits = weight.shape, weight.bits
+    codes = torch.nn.functional.pad(weight.codes.to(device), (0, -columns % _TAKEN, 0, -rows % _OUTPUTS))
+    pairs = 8 // bits
+    places = codes.view(len(codes) // _OUTPUTS, 4, 2, 8, -1, 4, pairs, 4, 2)  # tile warp p%2 g unit w p//2 t half
+    packed = None
+    for place in range(2 * pairs):
+        # What is shifted past the sign is cut off and comes back as it was.
+        part = places[:, :, place % 2, :, :, :, place // 2].to(torch.int32) << (bits * place)
+        packed = part if packed is None else packed | part
+    assert packed is not None, "a half without places"
+    ordered = packed.to(torch.int16).permute(0, 3, 1, 2, 5, 4, 6)  # tile unit warp g t w half
     origins = weight.zeros if weight.zeros is not None else weight.mins
     return Packed(
-        weight.bits,
-        plane,
-        weight.group_size,
+        bits,
+        0 if weight.group_size >= columns else weight.group_size,
         (rows, columns),
-        packed.flatten(1).contiguous(),
+        ordered.reshape(len(places), -1, _HALVES).contiguous(),
         weight.scales.to(device).T.contiguous(),
         None if origins is None else origins.to(device).T.contiguous(),
         0 if origins is None else 1 if weight.zeros is not None else 2,
     )
 
 
+def unpack_rows(packed: Packed, ids: Tensor) -> Tensor:
+    """Codes uint8 [T, K] of outputs ids int64 [T]."""
+    tiles = packed.codes.view(len(packed.codes), -1, 4, 8, 4, 4, 2)
+    halves = tiles[ids // _OUTPUTS, :, ids % 64 // 16, ids % 8].to(torch.int32)  # [T, unit, t, w, half]
+    first = packed.bits * (ids % 16 // 8).view(-1, 1, 1, 1, 1)
+    pairs = [(halves >> (first + 2 * packed.bits * pair)) & (2**packed.bits - 1) for pair in range(8 // packed.bits)]
+    codes = torch.stack(pairs, dim=3).permute(0, 1, 4, 3, 2, 5)  # unit w p//2 t half
+    return codes.reshape(len(ids), -1)[:, : packed.shape[1]].to(torch.uint8)
+
+
 class TritonQuantizedLinear:
-    """See `replicas.engine.ops.Linear`. dtype: of the inputs. crossover: None takes fixed borders between kernels."""
+    """See `replicas.engine.ops.Linear`. dtype: of the inputs. crossover: None takes fixed kernels."""
 
     def __init__(
         self,
@@ -103,8 +157,9 @@ class TritonQuantizedLinear:
         self._packed, self._bias, self._dtype = pack(weight, device), bias, dtype
         self._order = None if weight.order is None else weight.order.to(device)
         self._sms = multiprocessors(device)
+        self._counters = torch.zeros(len(self._packed.codes) * _MOST_BLOCKS, dtype=torch.int32, device=device)
         self.nbytes = self._packed.nbytes + (0 if self._order is None else self._order.nbytes)
-        self._kernels = _FIXED if crossover is None else self._measured(crossover, device)
+        self._kernels = self._fixed() if crossover is None else self._measured(crossover, device)
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = len(x)
@@ -116,16 +171,27 @@ class TritonQuantizedLinear:
     def rows(self, ids: Tensor) -> Tensor:
         """float32 [T, K]."""
         packed = self._packed
-        per_byte = 8 // packed.bits
-        tiles = packed.codes[ids].view(len(ids), packed.steps, 1, packed.plane)
-        shifts = torch.arange(per_byte, device=ids.device, dtype=torch.uint8).view(-1, 1) * packed.bits
-        codes = ((tiles >> shifts) & (2**packed.bits - 1)).reshape(len(ids), packed.steps * per_byte * packed.plane)[
-            :, : packed.shape[1]
-        ]
         origins = None if packed.origins is None else packed.origins.T[ids]
         zeros, mins = (origins if packed.origin == kind else None for kind in (1, 2))
-        scales = packed.scales.T[ids]
-        return QuantizedWeight(packed.bits, packed.group, codes, scales, zeros, mins, self._order).dequantise()
+        group = packed.group or packed.shape[1]
+        codes, scales = unpack_rows(packed, ids), packed.scales.T[ids]
+        return QuantizedWeight(packed.bits, group, codes, scales, zeros, mins, self._order).dequantise()
+
+    # ---------------------------------------------------------------- which kernel
+
+    def variants(self, rows: int) -> list[str]:
+        """Names of what may be tried on so many rows."""
+        outputs = self._packed.shape[0]
+        return [name for name, variant in VARIANTS.items() if variant.fits(rows, outputs, self._dtype)]
+
+    def _fixed(self) -> dict[int, str]:
+        """The largest `some` that wastes no rows; `few` where there are no tensor cores for the type."""
+        chosen = {}
+        for rows in BUCKETS:
+            some = [name for name in self.variants(rows) if name.startswith("some") and rows <= 256]
+            few = rows <= _MOST_FEW and self._dtype is torch.float32
+            chosen[rows] = "few" if few else some[-1] if some else "dequantise"
+        return chosen
 
     def _measured(self, crossover: Crossover, device: torch.device) -> dict[int, str]:
         packed = self._packed
@@ -136,62 +202,52 @@ class TritonQuantizedLinear:
             x = torch.randn(rows, packed.shape[1], device=device).to(self._dtype)
             return lambda: self.run(kernel, x)
 
-        return crossover.choose(f"{name}, {str(self._dtype).removeprefix('torch.')}, {shape}", KERNELS, run)
+        return crossover.choose(f"{name}, {str(self._dtype).removeprefix('torch.')}, {shape}", self.variants, run)
 
     # ---------------------------------------------------------------- the kernels
 
     def run(self, kernel: str, x: Tensor) -> Tensor:
+        """The product by the variant of that name, whatever was measured. x [T, K] -> [T, N]."""
         if kernel == "dequantise":
             return torch.nn.functional.linear(x, self._dequantised(x.dtype), self._bias)
         assert x.stride(1) == 1, "the last dimension of x must be contiguous"
-        return self._few(x) if kernel == "few" else self._some(x)
+        return self._product(VARIANTS[kernel], x)
 
-    def _few(self, x: Tensor) -> Tensor:
-        from replicas.engine.triton.kernels.quant import few_rows
+    def _product(self, variant: Variant, x: Tensor) -> Tensor:
+        from replicas.engine.triton.kernels.quant import few_rows, some_rows
 
         packed, rows = self._packed, len(x)
-        padded = next_power_of_2(rows)
-        if padded != rows:
-            x = torch.nn.functional.pad(x, (0, 0, 0, padded - rows))
-        block_n = 16 if padded == 4 else 32
-        splits = self._splits(block_n)
-        parts = torch.empty(splits, padded, packed.shape[0], dtype=torch.float32, device=x.device)
-        few_rows[(-(-packed.shape[0] // block_n), splits)](
-            *(x, *self._tensors(), parts, x.stride(0), *self._sizes()),
-            **self._constants(),
-            ROWS=padded,
-            BLOCK_N=block_n,
-            num_warps=4,
+        outputs, inputs = packed.shape
+        blocks, programs = -(-rows // variant.rows), len(packed.codes) * _OUTPUTS // variant.outputs
+        assert blocks <= _MOST_BLOCKS, f"{rows} rows are too many for {variant.name}"
+        splits = self._splits(blocks * programs)
+        out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
+        parts = torch.empty((splits, rows, outputs) if splits > 1 else 1, dtype=torch.float32, device=x.device)
+        arguments = (
+            *(x, *self._tensors(), out if self._bias is None else self._bias, parts, self._counters, out),
+            *(x.stride(0), rows, outputs, inputs, packed.codes.shape[1], len(packed.scales)),
         )
-        return self._sum(parts, rows, x.dtype)
-
-    def _some(self, x: Tensor) -> Tensor:
-        from replicas.engine.triton.kernels.quant import some_rows
-
-        packed, rows = self._packed, len(x)
-        block_m, block_n = max(16, next_power_of_2(rows)), 64
-        splits = self._splits(block_n)
-        parts = torch.empty(splits, rows, packed.shape[0], dtype=torch.float32, device=x.device)
-        some_rows[(-(-packed.shape[0] // block_n), splits)](
-            *(x, *self._tensors(), parts, x.stride(0), rows, *self._sizes()),
+        constants = {
             **self._constants(),
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
+            "WHOLE": inputs % packed.taken == 0,
+            "BIASED": self._bias is not None,
+            "SPLIT": splits > 1,
+            "num_warps": variant.warps,
+            "num_stages": variant.stages,
+        }
+        grid = (blocks, programs, splits)
+        if variant.kernel == "few":
+            few_rows[grid](*arguments, **constants)
+            return out
+        some_rows[grid](
+            *arguments,
+            **constants,
+            SCALED=packed.origin == 2 or 0 < packed.group < packed.taken,
+            TILES=variant.outputs // _OUTPUTS,
+            BLOCK_M=variant.rows,
             DOT=dot_type(x.dtype),
+            NUMBER=_number_type(packed.bits, x.dtype),
             PRECISION="ieee",
-            num_warps=4,
-            num_stages=4,
-        )
-        return self._sum(parts, rows, x.dtype)
-
-    def _sum(self, parts: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
-        from replicas.engine.triton.kernels.quant import add_parts
-
-        splits, padded, width = parts.shape
-        out = torch.empty(rows, width, dtype=dtype, device=parts.device)
-        bias = parts if self._bias is None else self._bias
-        add_parts[(rows, -(-width // 1024))](
-            *(parts, bias, out, splits, padded, width), BIASED=self._bias is not None, BLOCK=1024, num_warps=4
         )
         return out
 
@@ -200,8 +256,10 @@ class TritonQuantizedLinear:
 
         packed = self._packed
         out = torch.empty(packed.shape, dtype=dtype, device=packed.codes.device)
-        dequantise[(-(-packed.shape[0] // 64), packed.steps)](
-            *(*self._tensors(), out, *self._sizes(steps=False)), **self._constants(), BLOCK_N=64, num_warps=4
+        dequantise[(len(packed.codes), packed.steps)](
+            *(*self._tensors(), out, *packed.shape, packed.codes.shape[1], len(packed.scales)),
+            **self._constants(),
+            num_warps=4,
         )
         return out
 
@@ -209,24 +267,30 @@ class TritonQuantizedLinear:
         packed = self._packed
         return packed.codes, packed.scales, packed.scales if packed.origins is None else packed.origins
 
-    def _sizes(self, *, steps: bool = True) -> tuple[int, ...]:
-        packed = self._packed
-        return (
-            *packed.shape,
-            *((packed.steps,) if steps else ()),
-            *(packed.codes.shape[1], packed.scales.shape[0]),
-        )
-
     def _constants(self) -> dict[str, Any]:
         packed = self._packed
-        return {"BITS": packed.bits, "PLANE": packed.plane, "GROUP": packed.group, "ORIGIN": packed.origin}
+        return {
+            "BITS": packed.bits,
+            "GROUP": packed.group,
+            "ORIGIN": packed.origin,
+            "UNITS": packed.units_at_once,
+            "ASM": not interpreting(),
+        }
 
-    def _splits(self, block_n: int) -> int:
-        """Parts of the inputs, so that programs fill the device twice and none has less than four steps."""
-        programs, splits = -(-self._packed.shape[0] // block_n), 1
-        while splits * 2 * programs <= 2 * self._sms and splits * 8 <= self._packed.steps:
+    def _splits(self, programs: int) -> int:
+        """Parts of the inputs, so that programs fill the device four times over and each has four steps at least."""
+        splits = 1
+        while splits < _MOST_SPLITS and splits * 2 * programs <= 4 * self._sms and splits * 8 <= self._packed.steps:
             splits *= 2
         return splits
+
+
+def _number_type(bits: int, dtype: torch.dtype) -> Any:
+    """The type in which codes become numbers: one that tells all of them apart."""
+    import triton.language as tl
+
+    dot = dot_type(dtype)
+    return tl.float32 if dot == tl.bfloat16 and bits == 8 else dot
 
 
 @cache

@@ -1,182 +1,316 @@
 """Products with weights of 2, 4 or 8 bits. `replicas.engine.triton.quant` packs them and chooses among the kernels.
 
-Layout of the codes of a weight [N, K]: bytes [N, ceil(K / S) * PLANE] with S = PLANE * 8 / BITS inputs a step. Byte j
-of step s holds inputs s * S + p * PLANE + j, p = 0, 1, … from its low bits up: a load of PLANE bytes a row gives, by a
-shift each, 8 / BITS tiles of PLANE neighbouring inputs, and nothing has to be interleaved.
+Codes lie in the order in which a tensor core takes the left operand of a product, so that a thread's load is its
+operand and nothing has to move between threads on the way (as Marlin does it: Frantar et al. 2024, arXiv:2408.11743).
+Products are therefore turned: [outputs, inputs] x [inputs, rows].
 
-    4 bits, PLANE 32:   byte 0  = [input 32 | input 0]   byte 1  = [input 33 | input 1]  …  byte 31 = [63 | 31]
+A *unit* is 64 outputs x UNIT inputs (UNIT = 256 / BITS), 2 KiB in one piece: 16 bytes for each of 128 threads, that is
+4 words of two halves of 16 bits. Places in a half, from its low bits up, are p = 0, 1, … 16 / BITS - 1:
 
-A tile lies in one group, so its scale multiplies the sum and not each weight:
-    y += scale * (x · (code - MIDDLE)) + origin * sum(x)
-with MIDDLE = 2^(BITS - 1). ORIGIN 0: none. 1: from zero points, origin = scale * (MIDDLE - zero). 2: from minima,
-origin = min + scale * MIDDLE. scales and origins are [G, N].
+    thread = warp * 32 + g * 4 + t      output = warp * 16 + (p % 2) * 8 + g
+    word w of 0..3, half h of 0..1      input  = (w * (8 / BITS) + p // 2) * 8 + t * 2 + h
+
+Units of the same outputs follow each other. scales and origins are [groups, N]. ORIGIN 0: a code stands for
+scale * (code - 2^(BITS - 1)). 1, zero points: scale * (code - zero). 2, minima: min + scale * code.
 """
 
 import triton
 import triton.language as tl
 
 
+@triton.constexpr_function
+def _places_as_floats(bits, place):
+    """PTX: from two halves in a register, 2^23 + code of each, as the bits of float32."""
+    if bits == 8:
+        return f"prmt.b32 $0, $2, 0x4B000000, 0x754{place}; prmt.b32 $1, $2, 0x4B000000, 0x754{place + 2};"
+    mask, shift = (1 << bits) - 1, bits * place
+    return (
+        "{ .reg .b32 low, high; "
+        f"shr.b32 low, $2, {shift}; lop3.b32 $0, low, {mask}, 0x4B000000, 0xEA; "
+        f"shr.b32 high, $2, {shift + 16}; lop3.b32 $1, high, {mask}, 0x4B000000, 0xEA; }}"
+    )
+
+
+@triton.constexpr_function
+def _places_as_halves(bits, place, one):
+    """PTX: the same in 16 bits: `one` are those of the number to which a code is added."""
+    mask = ((1 << bits) - 1) * 0x10001
+    return f"{{ .reg .b32 at; shr.b32 at, $1, {bits * place}; lop3.b32 $0, at, {mask}, {one * 0x10001}, 0xEA; }}"
+
+
 @triton.jit
-def _numbers(raw, plane: tl.constexpr, BITS: tl.constexpr, DOT: tl.constexpr):
-    """code - 2^(BITS - 1), exactly, of one plane of loaded bytes."""
-    MIDDLE: tl.constexpr = 1 << (BITS - 1)
-    code = (raw >> (plane * BITS)) & ((1 << BITS) - 1)
-    if DOT == tl.bfloat16 and BITS <= 4:
-        # 0x4300 is 128 and its last bit counts 1: the bits of 128 + code, without a conversion of integers.
-        return (code.to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True) - (128.0 + MIDDLE)
-    elif DOT == tl.float16:
-        return (code.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True) - (1024.0 + MIDDLE)
+def _place(halves, PLACE: tl.constexpr, BITS: tl.constexpr, NUMBER: tl.constexpr, ASM: tl.constexpr):
+    """One place of all halves: code + `_above(NUMBER)`, exactly, without a conversion of integers.
+
+    Two halves of a register are taken apart at once (ASM); the interpreter computes the same one by one.
+    """
+    MASK: tl.constexpr = (1 << BITS) - 1
+    if NUMBER == tl.float32:
+        if ASM:
+            bits = tl.inline_asm_elementwise(
+                _places_as_floats(BITS, PLACE), "=r,=r,r", [halves], dtype=tl.int32, is_pure=True, pack=2
+            )
+        else:
+            bits = ((halves.to(tl.int32) >> (BITS * PLACE)) & MASK) | 0x4B000000
+        return bits.to(tl.float32, bitcast=True)
     else:
-        return (code.to(tl.int16) - MIDDLE).to(DOT)
+        ONE: tl.constexpr = 0x4300 if NUMBER == tl.bfloat16 else 0x6400
+        if ASM:
+            bits = tl.inline_asm_elementwise(
+                _places_as_halves(BITS, PLACE, ONE), "=r,r", [halves], dtype=tl.int16, is_pure=True, pack=2
+            )
+        else:
+            bits = (((halves >> (BITS * PLACE)) & MASK) | ONE).to(tl.int16)
+        return bits.to(NUMBER, bitcast=True)
+
+
+@triton.constexpr_function
+def _above(number):
+    """What `_place` adds to a code: the least power of two whose numbers are a step of 1 or finer apart."""
+    return {"bf16": 128.0, "fp16": 1024.0, "fp32": 8388608.0}[str(number)]
 
 
 @triton.jit
-def _origin(scale, origins, at, mask, BITS: tl.constexpr, ORIGIN: tl.constexpr):
-    stored = tl.load(origins + at, mask=mask, other=0).to(tl.float32)
-    if ORIGIN == 1:
-        return scale * ((1 << (BITS - 1)) - stored)
+def _codes(halves, BITS: tl.constexpr, NUMBER: tl.constexpr, ASM: tl.constexpr):
+    """halves int16 [TILES, UNITS, 1024] -> [64 TILES, UNITS * UNIT] of NUMBER: codes + `_above(NUMBER)`."""
+    TILES: tl.constexpr = halves.shape[0]
+    UNITS: tl.constexpr = halves.shape[1]
+    KEPT: tl.constexpr = UNITS * 256 // BITS
+    h = tl.reshape(halves, (TILES, UNITS, 4, 8, 4, 4, 2))
+    two = tl.join(_place(h, 0, BITS, NUMBER, ASM), _place(h, 1, BITS, NUMBER, ASM))
+    if BITS == 8:
+        ordered = tl.permute(two, (0, 2, 7, 3, 1, 5, 4, 6))
     else:
-        return stored + scale * (1 << (BITS - 1))
+        four = tl.join(two, tl.join(_place(h, 2, BITS, NUMBER, ASM), _place(h, 3, BITS, NUMBER, ASM)))
+        if BITS == 4:
+            ordered = tl.permute(four, (0, 2, 7, 3, 1, 5, 8, 4, 6))
+        else:
+            last = tl.join(
+                tl.join(_place(h, 4, BITS, NUMBER, ASM), _place(h, 5, BITS, NUMBER, ASM)),
+                tl.join(_place(h, 6, BITS, NUMBER, ASM), _place(h, 7, BITS, NUMBER, ASM)),
+            )
+            ordered = tl.permute(tl.join(four, last), (0, 2, 7, 3, 1, 5, 9, 8, 4, 6))
+    return tl.reshape(ordered, (64 * TILES, KEPT))
 
 
 @triton.jit
-def few_rows(
-    x,
-    packed,
+def _load(codes, first_tile, first_unit, units, UNITS: tl.constexpr, TILES: tl.constexpr):
+    """int16 [TILES, UNITS, 1024] from unit `first_unit` of each tile, of which each has `units`."""
+    tile = (first_tile + tl.arange(0, TILES)).to(tl.int64)[:, None, None]
+    unit = (first_unit + tl.arange(0, UNITS))[None, :, None]
+    return tl.load(codes + (tile * units + unit) * 1024 + tl.arange(0, 1024)[None, None, :])
+
+
+@triton.jit
+def _weights(
+    halves,
     scales,
     origins,
-    parts,
-    x_stride,
+    n,
+    first,
     N,
-    K,
-    steps,
-    row_bytes,
     groups,
     BITS: tl.constexpr,
-    PLANE: tl.constexpr,
     GROUP: tl.constexpr,
     ORIGIN: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    SCALED: tl.constexpr,
+    KEPT: tl.constexpr,
+    NUMBER: tl.constexpr,
+    ASM: tl.constexpr,
 ):
-    """Grid (ceil(N / BLOCK_N), splits): without tensor cores, x [ROWS, K]; parts [splits, ROWS, N] of float32."""
-    split = tl.program_id(1)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows = tl.arange(0, ROWS)
-    inside = n < N
-    acc = tl.zeros([ROWS, BLOCK_N], dtype=tl.float32)
-    share = tl.cdiv(steps, tl.num_programs(1))
-    for step in range(split * share, tl.minimum(split * share + share, steps)):
-        byte = step * PLANE + tl.arange(0, PLANE)
-        at = n.to(tl.int64)[:, None] * row_bytes + byte[None, :]
-        raw = tl.load(packed + at, mask=inside[:, None], other=0)
-        for plane in tl.static_range(8 // BITS):
-            first = (step * (8 // BITS) + plane) * PLANE
-            k = first + tl.arange(0, PLANE)
-            xs = tl.load(x + rows[:, None] * x_stride + k[None, :], mask=(k < K)[None, :], other=0.0).to(tl.float32)
-            weights = _numbers(raw, plane, BITS, tl.float32)
-            group = tl.minimum(first // GROUP, groups - 1)
-            scale = tl.load(scales + group * N + n, mask=inside, other=0.0).to(tl.float32)
-            acc += tl.sum(xs[:, None, :] * weights[None, :, :], axis=2) * scale[None, :]
-            if ORIGIN != 0:
-                origin = _origin(scale, origins, group * N + n, inside, BITS, ORIGIN)
-                acc += tl.sum(xs, axis=1)[:, None] * origin[None, :]
-    at = (split * ROWS + rows)[:, None] * N + n[None, :]
-    tl.store(parts + at, acc, mask=inside[None, :])
+    """What the codes of inputs first..first + KEPT - 1 and outputs n stand for, [len(n), KEPT]; not yet multiplied by
+    their scale unless SCALED, for which all of them must be of one group. GROUP 0: there is one group in all."""
+    OUTPUTS: tl.constexpr = n.shape[0]
+    EACH: tl.constexpr = KEPT if GROUP == 0 or GROUP > KEPT else GROUP
+    MANY: tl.constexpr = KEPT // EACH
+    # One number for all of a group's inputs; numbers of 16 bits differ from codes by less than they can tell apart.
+    code = tl.reshape(_codes(halves, BITS, NUMBER, ASM), (OUTPUTS, MANY, EACH))
+    group = tl.arange(0, MANY)
+    if GROUP != 0:
+        group = tl.minimum(first // GROUP + group, groups - 1)
+    at = group[None, :] * N + n[:, None]
+    there = n[:, None] < N
+    above = tl.full([1, 1], _above(NUMBER), tl.float32)
+    if ORIGIN == 0:
+        above += 1 << (BITS - 1)
+    elif ORIGIN == 1:
+        above += tl.load(origins + at, mask=there, other=0).to(tl.float32)
+    weights = code - above.to(NUMBER)[:, :, None]
+    if SCALED:
+        scale = tl.load(scales + at, mask=there, other=0).to(tl.float32)
+        weights = weights.to(tl.float32) * scale[:, :, None]
+        if ORIGIN == 2:
+            weights += tl.load(origins + at, mask=there, other=0).to(tl.float32)[:, :, None]
+    return tl.reshape(weights, (OUTPUTS, KEPT))
+
+
+@triton.jit
+def _finish(acc, bias, parts, counters, out, n, m, rows, N, BIASED: tl.constexpr, SPLIT: tl.constexpr):
+    """Write acc [outputs n, rows m]. SPLIT: every program leaves its part, and the last one to come adds all up, always
+    in the same order, and sets its counter back."""
+    inside = (n < N)[:, None] & (m < rows)[None, :]
+    at = m.to(tl.int64)[None, :] * N + n[:, None]
+    last = True
+    if SPLIT:
+        splits = tl.num_programs(2)
+        each = tl.cast(rows, tl.int64) * N
+        counter = counters + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        tl.store(parts + tl.program_id(2) * each + at, acc, mask=inside)
+        tl.debug_barrier()
+        last = tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1
+        if last:
+            acc = tl.zeros_like(acc)
+            for split in range(0, splits):
+                # Not from the multiprocessor's own cache: others wrote this.
+                acc += tl.load(parts + split * each + at, mask=inside, other=0.0, cache_modifier=".cg")
+            tl.store(counter, 0)
+    if last:
+        if BIASED:
+            acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+        tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def some_rows(
     x,
-    packed,
+    codes,
     scales,
     origins,
+    bias,
     parts,
+    counters,
+    out,
     x_stride,
     rows,
     N,
     K,
-    steps,
-    row_bytes,
+    units,
     groups,
     BITS: tl.constexpr,
-    PLANE: tl.constexpr,
     GROUP: tl.constexpr,
     ORIGIN: tl.constexpr,
+    SCALED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BIASED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    UNITS: tl.constexpr,
+    TILES: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     DOT: tl.constexpr,
+    NUMBER: tl.constexpr,
     PRECISION: tl.constexpr,
+    ASM: tl.constexpr,
 ):
-    """Grid (ceil(N / BLOCK_N), splits): x [rows <= BLOCK_M, K]; parts [splits, rows, N] of float32."""
-    split = tl.program_id(1)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.arange(0, BLOCK_M)
-    inside = n < N
-    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    share = tl.cdiv(steps, tl.num_programs(1))
-    for step in range(split * share, tl.minimum(split * share + share, steps)):
-        byte = step * PLANE + tl.arange(0, PLANE)
-        at = n.to(tl.int64)[None, :] * row_bytes + byte[:, None]
-        raw = tl.load(packed + at, mask=inside[None, :], other=0)
-        for plane in tl.static_range(8 // BITS):
-            first = (step * (8 // BITS) + plane) * PLANE
-            k = first + tl.arange(0, PLANE)
-            xs = tl.load(x + m[:, None] * x_stride + k[None, :], mask=(m < rows)[:, None] & (k < K)[None, :], other=0.0)
-            weights = _numbers(raw, plane, BITS, DOT)
-            group = tl.minimum(first // GROUP, groups - 1)
-            scale = tl.load(scales + group * N + n, mask=inside, other=0.0).to(tl.float32)
-            acc += tl.dot(xs.to(DOT), weights, input_precision=PRECISION) * scale[None, :]
-            if ORIGIN != 0:
-                origin = _origin(scale, origins, group * N + n, inside, BITS, ORIGIN)
-                acc += tl.sum(xs.to(tl.float32), axis=1)[:, None] * origin[None, :]
-    at = (split * rows + m)[:, None] * N + n[None, :]
-    tl.store(parts + at, acc, mask=(m < rows)[:, None] & inside[None, :])
+    """Grid (rows / BLOCK_M, N / (64 TILES), splits): x [rows, K] -> out [rows, N], on tensor cores. Programs that read
+    the same weights are neighbours.
+
+    UNITS units are taken at once. SCALED: weights are multiplied by their scales, in float32; else each group's sums
+    are. WHOLE: K is what the units hold.
+    """
+    KEPT: tl.constexpr = UNITS * 256 // BITS
+    first_tile = tl.program_id(1) * TILES
+    n = first_tile * 64 + tl.arange(0, 64 * TILES)
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    acc = tl.zeros([64 * TILES, BLOCK_M], dtype=tl.float32)
+    steps = units // UNITS
+    share = tl.cdiv(steps, tl.num_programs(2))
+    begin = tl.program_id(2) * share
+    for step in range(begin, tl.minimum(begin + share, steps)):
+        halves = _load(codes, first_tile, step * UNITS, units, UNITS, TILES)
+        k = step * KEPT + tl.arange(0, KEPT)
+        there = (m < rows)[None, :]
+        if not WHOLE:
+            there = there & (k < K)[:, None]
+        xs = tl.load(x + m.to(tl.int64)[None, :] * x_stride + k[:, None], mask=there, other=0.0).to(DOT)
+        weights = _weights(
+            halves, scales, origins, n, step * KEPT, N, groups, BITS, GROUP, ORIGIN, SCALED, KEPT, NUMBER, ASM
+        ).to(DOT)
+        if SCALED:
+            acc = tl.dot(weights, xs, acc, input_precision=PRECISION)
+        else:
+            group = 0
+            if GROUP != 0:
+                group = tl.minimum(step * KEPT // GROUP, groups - 1)
+            scale = tl.load(scales + group * N + n, mask=n < N, other=0).to(tl.float32)
+            acc += tl.dot(weights, xs, input_precision=PRECISION) * scale[:, None]
+    _finish(acc, bias, parts, counters, out, n, m, rows, N, BIASED, SPLIT)
 
 
-@triton.jit(do_not_specialize=["splits", "rows"])
-def add_parts(parts, bias, out, splits, rows, N, BIASED: tl.constexpr, BLOCK: tl.constexpr):
-    """Grid (rows, ceil(N / BLOCK)): out = the sum of parts [splits, rows, N] (+ bias)."""
+@triton.jit(do_not_specialize=["rows"])
+def few_rows(
+    x,
+    codes,
+    scales,
+    origins,
+    bias,
+    parts,
+    counters,
+    out,
+    x_stride,
+    rows,
+    N,
+    K,
+    units,
+    groups,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ORIGIN: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BIASED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    UNITS: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Grid (rows, N / 64, splits): as `some_rows`, in float32 and without tensor cores, a row in each program.
+
+    Every thread adds up its own products and they meet once, at the end.
+    """
+    KEPT: tl.constexpr = UNITS * 256 // BITS
     row = tl.program_id(0)
-    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = n < N
-    total = tl.zeros([BLOCK], dtype=tl.float32)
-    for split in range(0, splits):
-        total += tl.load(parts + (split * rows + row) * N + n, mask=mask, other=0.0)
-    if BIASED:
-        total += tl.load(bias + n, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + row.to(tl.int64) * N + n, total.to(out.dtype.element_ty), mask=mask)
+    tile = tl.program_id(1)
+    n = tile * 64 + tl.arange(0, 64)
+    acc = tl.zeros([64, KEPT], dtype=tl.float32)
+    steps = units // UNITS
+    share = tl.cdiv(steps, tl.num_programs(2))
+    begin = tl.program_id(2) * share
+    for step in range(begin, tl.minimum(begin + share, steps)):
+        halves = _load(codes, tile, step * UNITS, units, UNITS, 1)
+        k = step * KEPT + tl.arange(0, KEPT)
+        if WHOLE:
+            xs = tl.load(x + row.to(tl.int64) * x_stride + k).to(tl.float32)
+        else:
+            xs = tl.load(x + row.to(tl.int64) * x_stride + k, mask=k < K, other=0.0).to(tl.float32)
+        weights = _weights(
+            halves, scales, origins, n, step * KEPT, N, groups, BITS, GROUP, ORIGIN, True, KEPT, tl.float32, ASM
+        )
+        acc += weights * xs[None, :]
+    m = row + tl.arange(0, 1)
+    _finish(tl.sum(acc, axis=1)[:, None], bias, parts, counters, out, n, m, rows, N, BIASED, SPLIT)
 
 
 @triton.jit
 def dequantise(
-    packed,
+    codes,
     scales,
     origins,
     out,
     N,
     K,
-    row_bytes,
+    units,
     groups,
     BITS: tl.constexpr,
-    PLANE: tl.constexpr,
     GROUP: tl.constexpr,
     ORIGIN: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    UNITS: tl.constexpr,
+    ASM: tl.constexpr,
 ):
-    """Grid (ceil(N / BLOCK_N), steps): the weight [N, K] in out's type."""
-    step = tl.program_id(1)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = n < N
-    byte = step * PLANE + tl.arange(0, PLANE)
-    raw = tl.load(packed + n.to(tl.int64)[:, None] * row_bytes + byte[None, :], mask=inside[:, None], other=0)
-    for plane in tl.static_range(8 // BITS):
-        first = (step * (8 // BITS) + plane) * PLANE
-        k = first + tl.arange(0, PLANE)
-        group = tl.minimum(first // GROUP, groups - 1)
-        scale = tl.load(scales + group * N + n, mask=inside, other=0.0).to(tl.float32)
-        weights = _numbers(raw, plane, BITS, tl.float32) * scale[:, None]
-        if ORIGIN != 0:
-            weights += _origin(scale, origins, group * N + n, inside, BITS, ORIGIN)[:, None]
-        at = out + n.to(tl.int64)[:, None] * K + k[None, :]
-        tl.store(at, weights.to(out.dtype.element_ty), mask=inside[:, None] & (k < K)[None, :])
+    """Grid (N / 64, units / UNITS): the weight [N, K] in out's type."""
+    KEPT: tl.constexpr = UNITS * 256 // BITS
+    tile = tl.program_id(0)
+    first = tl.program_id(1) * KEPT
+    n = tile * 64 + tl.arange(0, 64)
+    k = first + tl.arange(0, KEPT)
+    halves = _load(codes, tile, tl.program_id(1) * UNITS, units, UNITS, 1)
+    weights = _weights(halves, scales, origins, n, first, N, groups, BITS, GROUP, ORIGIN, True, KEPT, tl.float32, ASM)
+    at = out + n.to(tl.int64)[:, None] * K + k[None, :]
+    tl.store(at, weights.to(out.dtype.element_ty), mask=(n < N)[:, None] & (k < K)[None, :])
