@@ -193,6 +193,7 @@ def _constants(q: Tensor, cache: LayerCache, tiles: _Tiles, window: int | None) 
         "BLOCK_D": tiles.block_d,
         "DOT": dot_type(q.dtype),
         "PRECISION": "ieee",
+        "ASM": not interpreting(),
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,
     }

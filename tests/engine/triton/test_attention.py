@@ -16,6 +16,8 @@ from replicas.engine.kv_format import KVFormat, LayerCache, choose_kv_format
 from replicas.engine.triton import attention as launch
 from replicas.engine.triton.attention import TritonAttention, num_splits
 from replicas.engine.triton.cache import write_cache
+from replicas.engine.triton.kernels.attention import _spread_fp8
+from tests.engine.triton.ptx import run_ptx
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 CPU = torch.device("cpu")
@@ -205,3 +207,14 @@ def test_codes_and_scales_are_the_formats_own(name: str) -> None:
 def test_a_block_size_that_is_no_power_of_two_is_an_obstacle() -> None:
     assert launch.obstacle(16) == ""
     assert "power of two, got 24" in launch.obstacle(24)
+
+
+@settings(max_examples=60, deadline=None)
+@given(codes=st.lists(st.integers(0, 255).filter(lambda code: code & 127 != 127), min_size=4, max_size=4))
+def test_the_instructions_for_fp8_codes_give_their_numbers(codes: list[int]) -> None:
+    wanted = torch.tensor(codes, dtype=torch.uint8).view(torch.float8_e4m3fn).float() / 256
+    word = sum(code << 8 * i for i, code in enumerate(codes))
+    for shift, dtype, factor in ((4, torch.bfloat16, 2.0**112), (1, torch.float16, 1.0)):
+        pairs = run_ptx(_spread_fp8(shift), word)
+        bits = torch.tensor([part for pair in pairs for part in (pair & 0xFFFF, pair >> 16)], dtype=torch.int32)
+        assert torch.equal(bits.to(torch.int16).view(dtype).float() * factor, wanted)

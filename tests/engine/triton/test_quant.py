@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from replicas.engine.quantized.weight import QuantizedWeight
 from replicas.engine.triton.crossover import BUCKETS, Crossover, bucket_of
 from replicas.engine.triton.kernels.quant import _places_as_floats, _places_as_halves
 from replicas.engine.triton.quant import TritonQuantizedLinear, _number_type, obstacle, pack, unpack_rows
+from tests.engine.triton.ptx import run_ptx
 
 CPU = torch.device("cpu")
 # Relative to the sum of magnitudes: a sum in float32, and the rounding of results to the type.
@@ -113,34 +113,6 @@ def test_codes_come_back_as_they_were_packed(n: int, k: int, bits: int, seed: in
 
 
 # ---------------------------------------------------------------- what the interpreter does not run
-
-
-def run_ptx(text: str, *inputs: int) -> list[int]:
-    """Evaluate straight-line PTX of shr.b32, lop3.b32 and prmt.b32; outputs are the lowest $ numbers."""
-    outputs = max(int(number) for number in re.findall(r"\$(\d+)", text)) + 1 - len(inputs)
-    registers = {f"${outputs + i}": value for i, value in enumerate(inputs)}
-
-    def value(name: str) -> int:
-        return registers[name] if name in registers else int(name, 0)
-
-    for line in text.strip("{} ").split(";"):
-        name, _, arguments = line.strip().partition(" ")
-        if not name or name == ".reg":
-            continue
-        target, *names = [argument.strip() for argument in arguments.split(",")]
-        a, b, *more = map(value, names)
-        if name == "shr.b32":
-            registers[target] = a >> b
-        elif name == "lop3.b32":
-            c, table = more
-            bits = [table >> ((a >> i & 1) << 2 | (b >> i & 1) << 1 | (c >> i & 1)) & 1 for i in range(32)]
-            registers[target] = sum(bit << i for i, bit in enumerate(bits))
-        elif name == "prmt.b32":
-            pool = a | b << 32
-            registers[target] = sum((pool >> 8 * (more[0] >> 4 * i & 7) & 255) << 8 * i for i in range(4))
-        else:
-            raise AssertionError(f"{name} is not one of the instructions that the kernels use")
-    return [registers[f"${i}"] for i in range(outputs)]
 
 
 @settings(max_examples=60, deadline=None)

@@ -14,18 +14,43 @@ two with a float32 scale a token and KV head. DOT is the type in which products 
 import triton
 import triton.language as tl
 
-# The 7 low bits of an e4m3 code, moved up by 7, are the float16 of 1/256 of its value: exponents are biased by 15 there
-# and by 7 here. That holds for subnormals too, needs no 8-bit float hardware, and the 256 goes into the scale.
+# An e4m3 code's exponent is biased by 7. Its 7 low bits, moved up by 7, are the float16 of 1/256 of its value, and
+# moved up by 4 the bfloat16 of 2^-120 of it, for subnormals too: no 8-bit float hardware is needed.
 FP8_FACTOR = tl.constexpr(256.0)
+_FROM_BF16 = tl.constexpr(2.0**112)  # to 1/256 of the value, as in float16
+
+
+@triton.constexpr_function
+def _spread_fp8(shift):
+    """PTX: four e4m3 codes of a register -> four numbers of 16 bits, the 7 low bits moved up by 8 - shift."""
+    kept = (0x7F00 >> shift) * 0x10001
+    return (
+        "{ .reg .b32 a, b, c, d; "
+        + "".join(
+            # A code in the upper byte of each half: its sign is in place.
+            f"prmt.b32 {up}, $2, 0, {chosen}; shr.b32 {low}, {up}, {shift}; and.b32 {low}, {low}, {kept}; "
+            f"lop3.b32 ${out}, {up}, 0x80008000, {low}, 0xEA; "
+            for out, up, low, chosen in ((0, "a", "b", "0x1404"), (1, "c", "d", "0x3424"))
+        )
+        + "}"
+    )
 
 
 @triton.jit
-def decode_codes(raw, CODE: tl.constexpr, DOT: tl.constexpr):
-    """Stored numbers in DOT, still to be multiplied by their scale (and by FP8_FACTOR for CODE 2)."""
+def decode_codes(raw, CODE: tl.constexpr, DOT: tl.constexpr, ASM: tl.constexpr):
+    """Stored numbers in DOT, still to be multiplied by their scale (and by FP8_FACTOR for CODE 2). ASM: four at a time
+    where DOT has 16 bits; the interpreter computes the same one by one."""
     if CODE == 2:
-        bits = raw.to(tl.int16)
-        half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
-        return half.to(tl.float16, bitcast=True).to(DOT)
+        if ASM and DOT == tl.bfloat16:
+            bits = tl.inline_asm_elementwise(_spread_fp8(4), "=r,=r,r", [raw], dtype=tl.int16, is_pure=True, pack=4)
+            return bits.to(tl.bfloat16, bitcast=True) * tl.full([1, 1], _FROM_BF16, tl.float32).to(tl.bfloat16)
+        elif ASM and DOT == tl.float16:
+            bits = tl.inline_asm_elementwise(_spread_fp8(1), "=r,=r,r", [raw], dtype=tl.int16, is_pure=True, pack=4)
+            return bits.to(tl.float16, bitcast=True)
+        else:
+            bits = raw.to(tl.int16)
+            half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
+            return half.to(tl.float16, bitcast=True).to(DOT)
     else:
         return raw.to(DOT)
 
@@ -61,6 +86,7 @@ def _walk(
     BLOCK_D: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """Attend rows q [M, D] at `positions` to the keys at begin..end-1; pointers are those of the KV head."""
     dims = tl.arange(0, BLOCK_D)
@@ -75,7 +101,7 @@ def _walk(
         key_rows = block * key_block_stride + offset * token_stride
         value_rows = block * value_block_stride + offset * token_stride
         k = tl.load(keys + key_rows[None, :] + dims[:, None], mask=inside[None, :] & real[:, None], other=0)
-        scores = tl.dot(q, decode_codes(k, CODE, DOT), input_precision=PRECISION) * score_scale
+        scores = tl.dot(q, decode_codes(k, CODE, DOT, ASM), input_precision=PRECISION) * score_scale
         if CODE != 0:
             scale_rows = block * scale_block_stride + offset * scale_token_stride
             scores *= tl.load(key_scales + scale_rows, mask=inside, other=0.0)[None, :]
@@ -94,7 +120,7 @@ def _walk(
         v = tl.load(values + value_rows[:, None] + dims[None, :], mask=inside[:, None] & real[None, :], other=0)
         if CODE != 0:
             weights *= tl.load(value_scales + scale_rows, mask=inside, other=0.0)[None, :]
-        acc = tl.dot(weights.to(DOT), decode_codes(v, CODE, DOT), acc, input_precision=PRECISION)
+        acc = tl.dot(weights.to(DOT), decode_codes(v, CODE, DOT, ASM), acc, input_precision=PRECISION)
         peak = new_peak
     return acc, peak, total
 
@@ -134,6 +160,7 @@ def prefill(
     BLOCK_D: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """Grid (at least the sum over sequences of ceil(tokens / QUERIES), KV heads): QUERIES tokens of one sequence each.
 
@@ -187,13 +214,13 @@ def prefill(
                 acc, peak, total, queries, positions, 0, begin, length, table,
                 keys, values, key_scales, value_scales, key_block_stride, value_block_stride, token_stride,
                 scale_block_stride, scale_token_stride, score_scale, window,
-                False, WINDOWED, CODE, BLOCK_SIZE, BLOCK_N, HEAD_DIM, BLOCK_D, DOT, PRECISION,
+                False, WINDOWED, CODE, BLOCK_SIZE, BLOCK_N, HEAD_DIM, BLOCK_D, DOT, PRECISION, ASM,
             )  # fmt: skip
         acc, peak, total = _walk(
             acc, peak, total, queries, positions, begin, end, length, table,
             keys, values, key_scales, value_scales, key_block_stride, value_block_stride, token_stride,
             scale_block_stride, scale_token_stride, score_scale, window,
-            True, WINDOWED, CODE, BLOCK_SIZE, BLOCK_N, HEAD_DIM, BLOCK_D, DOT, PRECISION,
+            True, WINDOWED, CODE, BLOCK_SIZE, BLOCK_N, HEAD_DIM, BLOCK_D, DOT, PRECISION, ASM,
         )  # fmt: skip
         if CODE == 2:
             acc *= FP8_FACTOR
@@ -240,6 +267,7 @@ def decode(
     BLOCK_D: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """Grid (sequences, KV heads, splits): at most QUERIES tokens a sequence, its context in even parts.
 
@@ -276,7 +304,7 @@ def decode(
         acc, peak, total, queries, positions, begin, end, length, tables + seq.to(tl.int64) * table_stride,
         keys + kv_head * head_stride, values + kv_head * head_stride, key_scales + kv_head, value_scales + kv_head,
         key_block_stride, value_block_stride, token_stride, scale_block_stride, scale_token_stride, score_scale, window,
-        True, WINDOWED, CODE, BLOCK_SIZE, BLOCK_N, HEAD_DIM, BLOCK_D, DOT, PRECISION,
+        True, WINDOWED, CODE, BLOCK_SIZE, BLOCK_N, HEAD_DIM, BLOCK_D, DOT, PRECISION, ASM,
     )  # fmt: skip
     if CODE == 2:
         acc *= FP8_FACTOR
