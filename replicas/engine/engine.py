@@ -76,6 +76,8 @@ class Engine:
         self._sampler = Sampler(loaded.card.eos_token_ids, typical_rule(config.speculative))
         self._random = random.Random(config.seed)
         budget = loaded.max_num_batched_tokens
+        # Before the KV cache, which takes what is left.
+        self._speculation = speculation or build_speculation(config, loaded, self.max_model_len)
         bytes_per_block = loaded.kv_bytes_per_token * config.block_size
         num_blocks = choose_num_blocks(
             config,
@@ -110,7 +112,6 @@ class Engine:
         self._landed_at = 0.0
         self._meter = Meter()
         self._steps = self._prompt_tokens = self._generation_tokens = 0
-        self._speculation = speculation or build_speculation(config, loaded, self.max_model_len)
         if config.speculative is not None and config.speculative.adaptive:
             self._speculation.cost.calibrate(self.measure_steps())
         self._tokenizer.token_bytes(0)  # builds its table now, not in the first request's first token

@@ -251,11 +251,14 @@ class GraphRunner:
         return tuple(buffer[batch.logits_rows] for buffer in self._outputs.buffers)
 
 
-def reserved_bytes(max_seqs: int, max_query_len: int, row_bytes: int, activation_bytes: int) -> int:
+def reserved_bytes(
+    max_seqs: int, max_query_len: int, row_bytes: int, activation_bytes: int, *, drafting: bool = False
+) -> int:
     """Memory to keep free for graphs: outputs of the largest, its activations, and what the driver keeps of each.
 
-    row_bytes: of one row of `compute`'s results. activation_bytes: of one token, at the peak of a step.
+    row_bytes: of one row of `compute`'s results. activation_bytes: of one token, at the peak of a step. drafting: a
+    draft's steps (`spec/further.py`) are recorded too.
     """
     rows = max_seqs * max_query_len
-    widths = 1 if max_query_len == 1 else 2
+    widths = (1 if max_query_len == 1 else 2) + drafting
     return rows * (row_bytes + activation_bytes) + widths * len(bucket_sizes(max_seqs)) * _GRAPH_BYTES

@@ -68,4 +68,10 @@ def run_largest_step(loaded: Loaded, config: EngineConfig, sampler: Sampler) -> 
     sampler(logits, [seq for seq, _ in items])
     if choose_graphs(config.step_graphs, loaded.device, loaded.attention) is None:
         return 0
-    return reserved_bytes(num_seqs, config.tokens_per_step, logits.shape[1] * 4, activations // (num_seqs * share))
+    return reserved_bytes(
+        num_seqs,
+        config.tokens_per_step,
+        logits.shape[1] * 4,
+        activations // (num_seqs * share),
+        drafting=config.speculative is not None and "draft_model" in config.speculative.methods,
+    )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
 
 from replicas.engine.attention import Attention, choose_attention
 from replicas.engine.config import EngineConfig
+from replicas.engine.graphs import Graph, choose_graphs
 from replicas.engine.kv_format import plain_format
 from replicas.engine.loading import Loaded
 from replicas.engine.model import Decoder
@@ -21,7 +23,7 @@ from replicas.engine.spec.draft_model import DraftModel
 from replicas.engine.spec.heads import open_heads
 from replicas.engine.spec.lookup import Ngram, Suffix
 from replicas.engine.spec.medusa import Medusa
-from replicas.engine.spec.proposer import Proposer, best_guesses
+from replicas.engine.spec.proposer import Proposer, likeliest
 from replicas.engine.spec.speculation import Speculation
 from replicas.engine.spec.state_draft import StateDraft
 from replicas.engine.tokenizer import Tokenizer
@@ -86,11 +88,12 @@ def _draft_model(
             any_revision=settings.any_revision,
             codes=ops.multiplies_quantized and loaded.device.type == "cpu",
         )
-        decoder, head = _decoder(draft, ops, loaded, max_model_len, target), SubsetHead(target, draft.targets, ops)
+        decoder, make_graph = _decoder(draft, ops, loaded, config, max_model_len, target)
+        head = SubsetHead(target, draft.targets, ops)
         if draft.fed_with != STATES:
-            return DraftModel(decoder, head, **pool)
+            return DraftModel(decoder, head, make_graph, **pool)
         fuse = rounded_linear(draft.tensor(FUSE).to(loaded.device, loaded.dtype), None, ops)
-        return StateDraft(decoder, choose_chain(decoder, fuse, head), **pool)
+        return StateDraft(decoder, choose_chain(decoder, fuse, head, make_graph), **pool)
     checkpoint = open_checkpoint(settings.model)
     if Tokenizer.load(checkpoint).vocabulary() != loaded.tokenizer.vocabulary():
         raise ConfigError(
@@ -98,17 +101,30 @@ def _draft_model(
             "would mean other tokens",
             param="speculative.model",
         )
-    decoder = _decoder(checkpoint, ops, loaded, min(max_model_len, checkpoint.config.max_position_embeddings))
-    return DraftModel(decoder, _WholeHead(decoder, target.config.vocab_size), **pool)
+    longest = min(max_model_len, checkpoint.config.max_position_embeddings)
+    decoder, make_graph = _decoder(checkpoint, ops, loaded, config, longest)
+    return DraftModel(decoder, _WholeHead(decoder, target.config.vocab_size), make_graph, **pool)
 
 
 def _decoder(
-    checkpoint: Checkpoint, ops: Ops, loaded: Loaded, max_model_len: int, shared: Decoder | None = None
-) -> Decoder:
+    checkpoint: Checkpoint,
+    ops: Ops,
+    loaded: Loaded,
+    config: EngineConfig,
+    max_model_len: int,
+    shared: Decoder | None = None,
+) -> tuple[Decoder, Callable[[], Graph] | None]:
+    """The draft's layers, and what records its steps if anything does."""
     attention: Attention = choose_attention(
-        "auto", loaded.device, loaded.dtype, checkpoint.config.head_dim, plain_format(loaded.dtype)
+        "auto",
+        loaded.device,
+        loaded.dtype,
+        checkpoint.config.head_dim,
+        plain_format(loaded.dtype),
+        config.block_size,
     )
-    return Decoder(checkpoint, ops, attention, loaded.device, loaded.dtype, max_model_len, shared)
+    decoder = Decoder(checkpoint, ops, attention, loaded.device, loaded.dtype, max_model_len, shared)
+    return decoder, choose_graphs(config.step_graphs, loaded.device, attention.name)
 
 
 class _WholeHead:
@@ -117,5 +133,5 @@ class _WholeHead:
     def __init__(self, decoder: Decoder, vocab_size: int) -> None:
         self._decoder, self._vocab_size = decoder, vocab_size
 
-    def __call__(self, hidden: Tensor) -> tuple[Tensor, list[float]]:
-        return best_guesses(self._decoder.logits(hidden)[:, : self._vocab_size])
+    def likeliest(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        return likeliest(self._decoder.logits(hidden)[:, : self._vocab_size])

@@ -3,8 +3,8 @@ the other, each from what was computed for the one before it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -12,12 +12,16 @@ from torch import Tensor
 
 from replicas.engine.attention import LayerCache
 from replicas.engine.batch import StepBatch
+from replicas.engine.graphs import Graph
 from replicas.engine.model import Decoder
 from replicas.engine.native.chain import NativeChain
 from replicas.engine.native.linear import NativeLinear
 from replicas.engine.native.stack import NativeStack
 from replicas.engine.ops import Linear
 from replicas.engine.spec.draft_layers import SubsetHead
+from replicas.engine.spec.further import Further, read
+
+_RECORDED = 64  # sequences: with more, guesses hardly ever pay
 
 
 class Chain(Protocol):
@@ -31,45 +35,46 @@ class Chain(Protocol):
 
 
 class StepByStep:
-    """The reference, for any device. fuse: the layer [T, 2 H] -> [T, H] in front of the decoder's."""
+    """The reference, for any device. fuse: the layer [T, 2 H] -> [T, H] in front of the decoder's. make_graph: see
+    `Further`; the last block of the caches must then belong to nobody."""
 
-    def __init__(self, decoder: Decoder, fuse: Linear, head: SubsetHead) -> None:
-        self._decoder, self._fuse, self._head = decoder, fuse, head
+    def __init__(
+        self, decoder: Decoder, fuse: Linear, head: SubsetHead, make_graph: Callable[[], Graph] | None = None
+    ) -> None:
+        self._decoder, self._fuse, self._head, self._make_graph = decoder, fuse, head, make_graph
+        self._further: Further | None = None
 
     def __call__(
         self, batch: StepBatch, states: Tensor, caches: Seq[LayerCache], depth: int
     ) -> tuple[list[list[int]], list[list[float]]]:
-        guesses, sure = [], []
-        for ahead in range(depth):
-            inputs = self._fuse(torch.cat((self._decoder.embed(batch.token_ids), states), dim=1))
-            states = self._decoder.layers(inputs, batch, caches)
-            tokens, probabilities = self._head(states)
-            guesses.append(tokens.tolist())
-            sure.append(probabilities)
-            if ahead + 1 < depth:
-                batch = _next(batch, tokens, caches[0].keys.shape[1])
-        return guesses, sure
+        tokens, sure, states = self._guess(batch, states, caches)
+        if depth == 1:
+            return read([tokens], [sure])
+        further = self._further = self._further or self._build(caches)
+        more, surer = further(tokens, states, batch.block_tables, batch.context_lens, depth - 1)
+        return read([tokens, *more], [sure, *surer])
+
+    def _guess(self, batch: StepBatch, states: Tensor | None, caches: Seq[LayerCache]) -> tuple[Tensor, Tensor, Tensor]:
+        assert states is not None, "a draft on states was asked without them"
+        inputs = self._fuse(torch.cat((self._decoder.embed(batch.token_ids), states), dim=1))
+        states = self._decoder.layers(inputs, batch, caches)
+        return *self._head.likeliest(states), states
+
+    def _build(self, caches: Seq[LayerCache]) -> Further:
+        blocks, block_size = caches[0].keys.shape[:2]
+        return Further(
+            lambda batch, states: self._guess(batch, states, caches),
+            self._make_graph,
+            max_seqs=_RECORDED,
+            max_blocks=-(-self._decoder.max_model_len // block_size),
+            block_size=block_size,
+            scratch=blocks - 1,
+        )
 
 
-def _next(batch: StepBatch, tokens: Tensor, block_size: int) -> StepBatch:
-    """One place further on in every sequence, without the host."""
-    places = batch.context_lens.long()
-    count = torch.arange(len(places) + 1, device=places.device)
-    blocks = batch.block_tables.gather(1, (places // block_size)[:, None])[:, 0].long()
-    return replace(
-        batch,
-        token_ids=tokens,
-        positions=places,
-        slot_mapping=blocks * block_size + places % block_size,
-        query_start=count.int(),
-        context_lens=batch.context_lens + 1,
-        logits_rows=count[:-1],
-        max_query_len=1,
-        max_context_len=batch.max_context_len + 1,
-    )
-
-
-def choose_chain(decoder: Decoder, fuse: Linear, head: SubsetHead) -> Chain:
+def choose_chain(
+    decoder: Decoder, fuse: Linear, head: SubsetHead, make_graph: Callable[[], Graph] | None = None
+) -> Chain:
     """One native call where everything in it is native."""
     stack, embedding, output = decoder.stack, decoder.embedding, head.output
     if (
@@ -79,4 +84,4 @@ def choose_chain(decoder: Decoder, fuse: Linear, head: SubsetHead) -> Chain:
         and isinstance(embedding, NativeLinear | Tensor)
     ):
         return NativeChain(stack, fuse, output, embedding, head.targets)
-    return StepByStep(decoder, fuse, head)
+    return StepByStep(decoder, fuse, head, make_graph)

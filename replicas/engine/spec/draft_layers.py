@@ -32,7 +32,7 @@ from replicas.engine.ops import Linear, Ops
 from replicas.engine.quantized.rounding import int8
 from replicas.engine.quantized.weight import QuantizedWeight
 from replicas.engine.spec.heads import check_targets
-from replicas.engine.spec.proposer import best_guesses
+from replicas.engine.spec.proposer import likeliest
 from replicas.engine.tensor_files import check_numbers, read_tensors, write_tensors
 from replicas.engine.weights import Checkpoint, expected_tensors, read_json
 from replicas.protocol import ConfigError
@@ -145,8 +145,8 @@ class SubsetHead:
         self.targets = targets.to(target.device, torch.int64)
         self.output = rounded_linear(target.head_rows(self.targets).to(target.dtype), None, ops)
 
-    def __call__(self, hidden: Tensor) -> tuple[Tensor, list[float]]:
-        at, sure = best_guesses(self.output(hidden).float())
+    def likeliest(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        at, sure = likeliest(self.output(hidden).float())
         return self.targets[at], sure
 
 

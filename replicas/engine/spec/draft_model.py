@@ -7,6 +7,7 @@ guesses are wanted. A shadow that finds no room in the pool is simply not guesse
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import Protocol
 
@@ -15,16 +16,18 @@ from torch import Tensor
 
 from replicas.engine.batch import StepBatch
 from replicas.engine.blocks import BlockPool
+from replicas.engine.graphs import Graph
 from replicas.engine.kv_format import allocate_kv, plain_format
 from replicas.engine.layout import Layout
 from replicas.engine.model import Decoder
 from replicas.engine.sequence import Sequence
+from replicas.engine.spec.further import Further, read
 from replicas.engine.spec.proposer import Proposal, level
 
 
 class Head(Protocol):
-    def __call__(self, hidden: Tensor) -> tuple[Tensor, list[float]]:
-        """Hidden states [R, H] -> the likeliest token of each, int64 [R], and its probability."""
+    def likeliest(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states [R, H] -> the likeliest token of each, int64 [R], and its probability, float32 [R]."""
         ...
 
 
@@ -43,7 +46,7 @@ class Shadows:
         self.pool = BlockPool(blocks, block_size, enable_prefix_caching=False)
         self._layout = Layout(max_sequences, decoder.max_model_len, block_size, decoder.device)
         self._caches = allocate_kv(
-            blocks,
+            blocks + 1,  # the last is scratch for padded steps
             block_size,
             num_layers=decoder.num_layers,
             num_kv_heads=decoder.num_kv_heads,
@@ -87,24 +90,49 @@ class Shadows:
 class DraftModel(Shadows):
     """A model of its own, or layers of the target: reads tokens and nothing else, a long prompt in pieces.
 
-    head: from its hidden states to tokens.
+    head: from its hidden states to tokens. make_graph: see `Further`.
     """
 
-    def __init__(self, decoder: Decoder, head: Head, **settings: int) -> None:
+    def __init__(
+        self, decoder: Decoder, head: Head, make_graph: Callable[[], Graph] | None = None, **settings: int
+    ) -> None:
         super().__init__(decoder, **settings)
         self._head = head
+        self._further = Further(
+            self._guess,
+            make_graph,
+            max_seqs=settings["max_sequences"],
+            max_blocks=self._layout.table.shape[1],
+            block_size=self.pool.block_size,
+            scratch=self.pool.num_blocks,
+        )
+
+    def _guess(self, batch: StepBatch, states: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        hidden = self._decoder.hidden(batch, self._caches)
+        return *self._head.likeliest(hidden), hidden
 
     @torch.inference_mode()
     def propose(self, sequences: Seq[Sequence], depth: int) -> list[Proposal]:
         shadows = {seq: shadow for seq in sequences if (shadow := self._follow(seq, depth)) is not None}
-        guesses: dict[Sequence, tuple[list[int], list[int]]] = {seq: ([], []) for seq in sequences}
-        for _ in range(depth if shadows else 0):
-            tokens, sure = self._next_tokens(list(shadows.values()))
-            for (seq, shadow), token, probability in zip(shadows.items(), tokens, sure, strict=True):
-                shadow.tokens.append(token)
-                guesses[seq][0].append(token)
-                guesses[seq][1].append(level(probability))
-        return [Proposal(*guesses[seq]) for seq in sequences]
+        if not shadows or not depth:
+            return [Proposal() for _ in sequences]
+        guesses, sure = read(*self._chain(list(shadows.values()), depth))
+        found: dict[Sequence, Proposal] = {}
+        for i, (seq, shadow) in enumerate(shadows.items()):
+            tokens = [row[i] for row in guesses]
+            shadow.tokens += tokens
+            shadow.num_computed = len(shadow.tokens) - 1
+            found[seq] = Proposal(tokens, [level(row[i]) for row in sure])
+        return [found.get(seq, Proposal()) for seq in sequences]
+
+    def _chain(self, shadows: list[Sequence], depth: int) -> tuple[list[Tensor], list[Tensor]]:
+        tokens, sure = self._head.likeliest(self._last_states(shadows))
+        if depth == 1:
+            return [tokens], [sure]
+        # Laid out as if the newest tokens stood there already: only their ids are missing, and those are on the device.
+        batch = self._layout([(shadow, 0) for shadow in shadows], more_places=depth - 1)
+        more, surer = self._further(tokens, None, batch.block_tables, batch.context_lens, depth - 1)
+        return [tokens, *more], [sure, *surer]
 
     def _follow(self, seq: Sequence, depth: int) -> Sequence | None:
         """The shadow of `seq` with exactly its tokens and blocks for `depth` more; None if there is no room."""
@@ -118,8 +146,8 @@ class DraftModel(Shadows):
         shadow.num_computed = min(shadow.num_computed, agree, len(seq.tokens) - 1)
         return shadow if self._grow(seq, shadow, len(seq.tokens) + depth) else None
 
-    def _next_tokens(self, shadows: list[Sequence]) -> tuple[list[int], list[float]]:
-        """Compute all that each shadow lacks, in steps of `budget` tokens; what its last row says comes next."""
+    def _last_states(self, shadows: list[Sequence]) -> Tensor:
+        """Compute all that shadows lack, in steps of `budget` tokens: hidden states [S, H] of their last tokens."""
         states: dict[Sequence, Tensor] = {}
         while lacking := [s for s in shadows if s.num_computed < s.num_tokens]:
             items, left = [], self._budget
@@ -134,8 +162,7 @@ class DraftModel(Shadows):
                 shadow.num_computed += count
                 if shadow.num_computed == shadow.num_tokens:
                     states[shadow] = next(rows)
-        tokens, sure = self._head(torch.stack([states[shadow] for shadow in shadows]))
-        return tokens.tolist(), sure
+        return torch.stack([states[shadow] for shadow in shadows])
 
     def observe(self, seq: Sequence, states: Tensor) -> None:
         pass

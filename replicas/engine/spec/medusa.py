@@ -16,8 +16,9 @@ from replicas.engine.model import Decoder
 from replicas.engine.ops import Ops
 from replicas.engine.sequence import Sequence
 from replicas.engine.spec.draft_layers import rounded_linear
+from replicas.engine.spec.further import read
 from replicas.engine.spec.heads import HeadsConfig
-from replicas.engine.spec.proposer import Proposal, best_guesses, level
+from replicas.engine.spec.proposer import Proposal, level, likeliest
 
 
 class Medusa:
@@ -44,18 +45,19 @@ class Medusa:
     def propose(self, sequences: Seq[Sequence], depth: int) -> list[Proposal]:
         state = torch.stack([self._states[seq] for seq in sequences])
         tokens = torch.tensor([seq.tokens[-1] for seq in sequences], device=state.device)
-        guesses: list[list[int]] = []
-        sure: list[list[float]] = []
+        found: list[Tensor] = []
+        surely: list[Tensor] = []
         for head in self._heads[:depth]:
             if self._sequential:
                 z = state + torch.nn.functional.silu(head(torch.cat((state, self._decoder.embed(tokens)), dim=1)))
                 state = z
             else:
                 z = state + torch.nn.functional.silu(head(state))
-            at, probabilities = best_guesses(self._output(z).float())
+            at, probabilities = likeliest(self._output(z).float())
             tokens = self._targets[at]
-            guesses.append(tokens.tolist())
-            sure.append(probabilities)
+            found.append(tokens)
+            surely.append(probabilities)
+        guesses, sure = read(found, surely)
         return [Proposal([row[i] for row in guesses], [level(row[i]) for row in sure]) for i in range(len(sequences))]
 
     def observe(self, seq: Sequence, states: Tensor) -> None:
