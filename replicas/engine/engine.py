@@ -24,7 +24,7 @@ from replicas.engine.config import EngineConfig
 from replicas.engine.deadlines import too_late
 from replicas.engine.detokenizer import Detokenizer
 from replicas.engine.flight import Flight, choose_async, needs_history
-from replicas.engine.graphs import GraphRunner, choose_graphs
+from replicas.engine.graphs import GraphRunner, choose_graphs, choose_padding
 from replicas.engine.host_cache import build_host_cache, staging_bytes
 from replicas.engine.layout import Layout
 from replicas.engine.loading import Loaded, load
@@ -483,6 +483,7 @@ class Engine:
             block_size=self.config.block_size,
             scratch=scratch,
             device=self.loaded.device,
+            pad=choose_padding(self.loaded.device),
         )
 
     @torch.inference_mode()

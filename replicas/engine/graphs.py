@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 
 from replicas.engine.batch import StepBatch
+from replicas.engine.triton import device as triton_device
+from replicas.engine.triton import steps as triton_steps
 from replicas.protocol import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -130,13 +132,44 @@ class _Outputs:
             buffer[: len(result)].copy_(result)
 
 
+def pad_into(fixed: StepBatch, batch: StepBatch, scratch: int, block_size: int) -> None:
+    """Copy `batch` into a bucket's tensors and pad it: what is left of them belongs to block `scratch`."""
+    tokens, num_seqs, width = len(batch.token_ids), len(batch.context_lens), fixed.max_query_len
+    fixed.token_ids[:tokens].copy_(batch.token_ids)
+    fixed.token_ids[tokens:] = 0
+    fixed.positions[:tokens].copy_(batch.positions)
+    fixed.positions[tokens:] = 0
+    fixed.slot_mapping[:tokens].copy_(batch.slot_mapping)
+    fixed.slot_mapping[tokens:] = scratch * block_size
+    fixed.context_lens[:num_seqs].copy_(batch.context_lens)
+    fixed.query_start[: num_seqs + 1].copy_(batch.query_start)
+    fixed.block_tables[:num_seqs, : batch.block_tables.shape[1]].copy_(batch.block_tables)
+    padding = len(fixed.context_lens) - num_seqs
+    if padding:
+        # Padding sequences see themselves only, in the scratch block; those that have no token left see nothing.
+        ends = torch.arange(1, padding + 1, device=fixed.token_ids.device) * width + tokens
+        fixed.query_start[num_seqs + 1 :] = ends.clamp_(max=len(fixed.token_ids))
+        fixed.context_lens[num_seqs:] = fixed.query_start[num_seqs + 1 :] - fixed.query_start[num_seqs:-1]
+        fixed.block_tables[num_seqs:, 0] = scratch
+
+
+Padding = Callable[[StepBatch, StepBatch, int, int], None]
+
+
+def choose_padding(device: torch.device) -> Padding:
+    """The one for a device: launches cost more than what they do here."""
+    if device.type != "cuda" or triton_device.obstacle(device, torch.float32):
+        return pad_into
+    return triton_steps.pad_into
+
+
 class GraphRunner:
     """Runs `compute` on a step, through a graph where there is one for it.
 
     compute: StepBatch -> tensors with a row for each of its logits_rows, in their order. It writes keys and values and
         must launch the same kernels for every step of a bucket.
     make_graph: a fresh Graph. max_seqs, max_query_len: of the largest bucket; larger steps run as they are.
-    scratch: a block that no sequence ever gets. max_blocks: of one sequence.
+    scratch: a block that no sequence ever gets. max_blocks: of one sequence. pad: `pad_into`, or what does the same.
     """
 
     def __init__(
@@ -150,11 +183,13 @@ class GraphRunner:
         block_size: int,
         scratch: int,
         device: torch.device,
+        pad: Padding = pad_into,
     ) -> None:
         self._compute, self._make_graph = compute, make_graph
         self._sizes, self._max_query_len = bucket_sizes(max_seqs), max_query_len
         self._max_blocks, self._block_size = max_blocks, block_size
-        self._scratch_slot, self._device = scratch * block_size, device
+        self._scratch, self._device = scratch, device
+        self._pad_into = pad
         self._buckets: dict[tuple[int, int], _Bucket] = {}
         self._outputs = _Outputs()
         self.replays = self.recordings = 0
@@ -170,7 +205,7 @@ class GraphRunner:
         bucket.seen += 1
         if bucket.broken or bucket.seen == 1:
             return self._compute(batch)
-        self._fill(bucket.batch, batch)
+        self._pad_into(bucket.batch, batch, self._scratch, self._block_size)
         if bucket.graph is None and not self._record(bucket, key):
             return self._compute(batch)
         assert bucket.graph is not None, "recording said that it worked"
@@ -205,25 +240,6 @@ class GraphRunner:
             max_query_len=width,
             max_context_len=self._max_blocks * self._block_size,
         )
-
-    def _fill(self, fixed: StepBatch, batch: StepBatch) -> None:
-        tokens, num_seqs, width = len(batch.token_ids), len(batch.context_lens), fixed.max_query_len
-        fixed.token_ids[:tokens].copy_(batch.token_ids)
-        fixed.token_ids[tokens:] = 0
-        fixed.positions[:tokens].copy_(batch.positions)
-        fixed.positions[tokens:] = 0
-        fixed.slot_mapping[:tokens].copy_(batch.slot_mapping)
-        fixed.slot_mapping[tokens:] = self._scratch_slot
-        fixed.context_lens[:num_seqs].copy_(batch.context_lens)
-        fixed.query_start[: num_seqs + 1].copy_(batch.query_start)
-        fixed.block_tables[:num_seqs, : batch.block_tables.shape[1]].copy_(batch.block_tables)
-        padding = len(fixed.context_lens) - num_seqs
-        if padding:
-            # Padding sequences see themselves only, in the scratch block; those that have no token left see nothing.
-            ends = torch.arange(1, padding + 1, device=self._device) * width + tokens
-            fixed.query_start[num_seqs + 1 :] = ends.clamp_(max=len(fixed.token_ids))
-            fixed.context_lens[num_seqs:] = fixed.query_start[num_seqs + 1 :] - fixed.query_start[num_seqs:-1]
-            fixed.block_tables[num_seqs:, 0] = self._scratch_slot // self._block_size
 
     def _record(self, bucket: _Bucket, key: tuple[int, int]) -> bool:
         most = self._sizes[-1] * self._max_query_len

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from itertools import accumulate
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from replicas.engine.batch import StepBatch
 from replicas.engine.sequence import Sequence
-from replicas.engine.staging import staged
+from replicas.engine.staging import staged, staged_together
 
 _FEW = 64  # tokens
 
@@ -56,14 +55,26 @@ class Layout:
             token_ids += known + seq.drafts[: count - len(known)] if len(known) < count else known
         places = self._few(items, ends) if ends[-1] <= _FEW else self._many(items, table, counts, ends)
         positions, slots, wanted = places
+        staged_ids, staged_positions, staged_slots, query_start, context_lens, tables, logits_rows = staged_together(
+            [
+                (token_ids, torch.int64),
+                (positions, torch.int64),
+                (slots, torch.int64),
+                ([0, *ends], torch.int32),
+                (lens, torch.int32),
+                (table, torch.int32),
+                (wanted, torch.int64),
+            ],
+            self.device,
+        )
         return StepBatch(
-            token_ids=self._with_pending(self._staged(token_ids, torch.int64), items, lens, ends, drawn),
-            positions=self._staged(positions, torch.int64),
-            slot_mapping=self._staged(slots, torch.int64),
-            query_start=self._staged([0, *ends], torch.int32),
-            context_lens=self._staged(lens, torch.int32),
-            block_tables=self._staged(table, torch.int32),
-            logits_rows=self._staged(wanted, torch.int64),
+            token_ids=self._with_pending(staged_ids, items, lens, ends, drawn),
+            positions=staged_positions,
+            slot_mapping=staged_slots,
+            query_start=query_start,
+            context_lens=context_lens,
+            block_tables=tables,
+            logits_rows=logits_rows,
             max_query_len=max(counts),
             max_context_len=max(lens),
         )
@@ -117,9 +128,6 @@ class Layout:
             if seq.pending >= 0 and length == seq.num_tokens
         ]
         if places:
-            at, rows = self._staged(np.array(places).T, torch.int64).unbind()
+            at, rows = staged(np.array(places).T, self.device, torch.int64).unbind()
             token_ids.index_copy_(0, at, drawn.index_select(0, rows))
         return token_ids
-
-    def _staged(self, values: NDArray[Any] | list[int], dtype: torch.dtype) -> Tensor:
-        return staged(values, self.device, dtype)

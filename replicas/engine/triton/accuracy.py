@@ -11,6 +11,7 @@ from torch import Tensor
 from replicas.engine.attention import Attention, TorchAttention
 from replicas.engine.kv_format import LayerCache
 from replicas.engine.ops import TorchOps
+from replicas.engine.triton import linear as triton_linear
 from replicas.engine.triton.attention import TritonAttention
 from replicas.engine.triton.cache import rope_and_write, write_cache
 from replicas.engine.triton.cases import ATTENTION, LINEAR, AttentionCase, LinearCase
@@ -62,6 +63,17 @@ def check_linear(case: LinearCase, kernel: str, rows: int, device: torch.device,
     linear = TritonQuantizedLinear(weight, None, device, case.dtype)
     exact = x.double() @ weight.dequantise().double().T
     return Measured(f"{kernel}: {case.name}, {rows} rows", relative(linear.run(kernel, x), exact), LIMITS[case.dtype])
+
+
+def check_single_rows(kernel: str, dtype: torch.dtype, device: torch.device, seed: int) -> Measured:
+    generator = torch.Generator(device).manual_seed(seed)
+    weight, x, bias = (
+        torch.randn(*shape, generator=generator, device=device).to(dtype)
+        for shape in ((1030, 4100), (3, 4100), (1030,))
+    )
+    out = triton_linear.TritonLinear(weight, bias).run(kernel, x)
+    exact = x.double() @ weight.double().T + bias.double()
+    return Measured(f"{kernel}, {str(dtype).removeprefix('torch.')}", relative(out, exact), LIMITS[dtype])
 
 
 def check_small(dtype: torch.dtype, device: torch.device, seed: int) -> Iterator[Measured]:
@@ -125,6 +137,9 @@ def checks(device: torch.device, seed: int) -> dict[str, list[Callable[[], list[
     def linear(case: LinearCase, kernel: str, rows: int) -> Callable[[], list[Measured]]:
         return lambda: [check_linear(case, kernel, rows, device, seed)]
 
+    def single_rows(kernel: str, dtype: torch.dtype) -> Callable[[], list[Measured]]:
+        return lambda: [check_single_rows(kernel, dtype, device, seed)]
+
     def small(dtype: torch.dtype) -> Callable[[], list[Measured]]:
         return lambda: [*check_small(dtype, device, seed)]
 
@@ -137,5 +152,6 @@ def checks(device: torch.device, seed: int) -> dict[str, list[Callable[[], list[
             for kernel, variant in VARIANTS.items()
             if variant.fits(rows, case.shape[0], case.dtype)
         ],
+        "single rows": [single_rows(kernel, dtype) for kernel in triton_linear.VARIANTS for dtype in LIMITS],
         "small": [small(dtype) for dtype in LIMITS],
     }

@@ -12,8 +12,10 @@ from replicas.engine.kv_format import LayerCache, allocate_kv, choose_kv_format
 from replicas.engine.quantized.weight import QuantizedWeight
 from replicas.engine.triton.attention import TritonAttention
 from replicas.engine.triton.cache import rope_and_write
+from replicas.engine.triton.linear import VARIANTS, TritonLinear
 from replicas.engine.triton.ops import TritonOps
 from replicas.engine.triton.quant import TritonQuantizedLinear
+from replicas.engine.triton.steps import pad_into
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,6 +169,19 @@ def linear_launches(device: torch.device, cases: Sequence[LinearCase] = LINEAR) 
         yield case.name
 
 
+def plain_launches(device: torch.device) -> Iterator[str]:
+    """Single rows times a weight as it is, and a step's padding."""
+    for dtype in (torch.bfloat16, torch.float32):
+        linear = TritonLinear(torch.zeros(64, 4096, dtype=dtype, device=device), None)
+        for variant in VARIANTS:
+            linear.run(variant, torch.zeros(2, 4096, dtype=dtype, device=device))
+        yield f"single rows, {str(dtype).removeprefix('torch.')}"
+    for width in (1, 5):
+        batch = AttentionCase(name="", sequences=((width, 40), (width, 20))).batch(device)
+        pad_into(batch, batch, 0, 16)
+        yield f"padding of {width} tokens a sequence"
+
+
 _SMALL = ((torch.bfloat16, 4096, 32, 8, 128), (torch.float32, 576, 9, 3, 64))
 
 
@@ -189,7 +204,12 @@ def small_launches(device: torch.device, models: Sequence[tuple[torch.dtype, int
 
 def launch_everything(device: torch.device) -> list[str]:
     """Launch each kernel in every form; the names of what was launched."""
-    return [*attention_launches(device), *linear_launches(device), *small_launches(device, _SMALL)]
+    return [
+        *attention_launches(device),
+        *linear_launches(device),
+        *plain_launches(device),
+        *small_launches(device, _SMALL),
+    ]
 
 
 def launch_each(device: torch.device) -> list[str]:
@@ -200,5 +220,6 @@ def launch_each(device: torch.device) -> list[str]:
     return [
         *attention_launches(device, attention),
         *linear_launches(device, [linear]),
+        *plain_launches(device),
         *small_launches(device, _SMALL[:1]),
     ]

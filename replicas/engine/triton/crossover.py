@@ -7,7 +7,10 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
+
+from replicas.engine.native.compiler import cache_dir
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +48,10 @@ class Crossover:
     def _times(
         self, names: Sequence[str], rows: int, run: Callable[[str, int], Callable[[], object]]
     ) -> dict[str, float]:
-        """Of those that can run: a device may have less shared memory than a kernel wants."""
+        """Seconds of those that can run: a device may have less shared memory than a kernel wants. One alone is not
+        timed."""
+        if len(names) == 1:
+            return {names[0]: 0.0}
         times, refused = {}, None
         for name in names:
             try:
@@ -80,3 +86,15 @@ def _read(file: Path) -> dict[str, dict[str, str]]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) and all(isinstance(value, dict) for value in found.values()) else {}
+
+
+@cache
+def device_crossover() -> Crossover:
+    """Times on the current CUDA device, kept in the user's cache beside the C++ kernels."""
+    from triton.testing import do_bench
+
+    def measure(call: Callable[[], object]) -> float:
+        call()  # compiles
+        return float(do_bench(call, warmup=5, rep=25, return_mode="median"))
+
+    return Crossover(cache_dir() / "triton" / "crossover.json", measure)

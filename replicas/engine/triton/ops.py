@@ -1,15 +1,17 @@
-"""A decoder layer's small operations in Triton; products with full-precision weights are torch's (cuBLAS)."""
+"""A decoder layer's small operations in Triton; products are cuBLAS's or our own, as was measured."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from replicas.engine.ops import Linear, TorchLinear
+from replicas.engine.ops import Linear
 from replicas.engine.quantized.torch_linear import TorchQuantizedLinear
 from replicas.engine.quantized.weight import QuantizedWeight
 from replicas.engine.triton import quant
+from replicas.engine.triton.crossover import Crossover, device_crossover
 from replicas.engine.triton.device import next_power_of_2
+from replicas.engine.triton.linear import TritonLinear
 
 _TILE = 1024
 
@@ -24,13 +26,15 @@ class TritonOps:
         self._device, self._dtype = device, dtype
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        return TorchLinear(weight, bias)
+        return TritonLinear(weight, bias, self._crossover())
 
     def quantized_linear(self, weight: QuantizedWeight, bias: Tensor | None) -> Linear:
         if quant.obstacle(weight):
             return TorchQuantizedLinear(weight.to(self._device), bias)
-        crossover = quant.device_crossover() if self._device.type == "cuda" else None
-        return quant.TritonQuantizedLinear(weight, bias, self._device, self._dtype, crossover)
+        return quant.TritonQuantizedLinear(weight, bias, self._device, self._dtype, self._crossover())
+
+    def _crossover(self) -> Crossover | None:
+        return device_crossover() if self._device.type == "cuda" else None
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from replicas.engine.native.compiler import cache_dir
 from replicas.engine.quantized.weight import QuantizedWeight
 from replicas.engine.triton.attention import dot_type
 from replicas.engine.triton.crossover import BUCKETS, Crossover, bucket_of
@@ -291,15 +289,3 @@ def _number_type(bits: int, dtype: torch.dtype) -> Any:
 
     dot = dot_type(dtype)
     return tl.float32 if dot == tl.bfloat16 and bits == 8 else dot
-
-
-@cache
-def device_crossover() -> Crossover:
-    """Times on the current CUDA device, kept in the user's cache beside the C++ kernels."""
-    from triton.testing import do_bench
-
-    def measure(call: Callable[[], object]) -> float:
-        call()  # compiles
-        return float(do_bench(call, warmup=5, rep=25, return_mode="median"))
-
-    return Crossover(cache_dir() / "triton" / "crossover.json", measure)

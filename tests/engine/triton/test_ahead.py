@@ -24,6 +24,8 @@ def test_every_kernel_compiles_for_hopper_and_keeps_its_registers(tmp_path: Path
     kernels = {line.split()[0] for line in lines}
     assert kernels == {"prefill", "decode", "merge", "rope_and_write", "rope", "rms_norm", "silu_mul"} | {
         "few_rows",
+        "pad_step",
+        "single_rows",
         "some_rows",
         "dequantise",
     }

@@ -207,7 +207,7 @@ def test_kernels_that_a_device_refuses_are_left_out(tmp_path: Path) -> None:
 
     assert set(choose(large=refuse, small=float).values()) == {"small"}
     with pytest.raises(RuntimeError, match="shared memory"):
-        choose(large=refuse)
+        choose(large=refuse, larger=refuse)
 
 
 @pytest.mark.parametrize("content", ["no json", "[]", '{"a shape": {"1": "gone"}}', '{"a shape": 3}'])
