@@ -21,7 +21,7 @@ from replicas.engine.triton.device import interpreting, multiprocessors, next_po
 
 _OUTPUTS, _HALVES = 64, 1024  # of a unit of codes: outputs, and numbers of 16 bits
 _TAKEN = 128  # inputs that a program takes at once
-_MOST_FEW, _MOST_BLOCKS, _MOST_SPLITS = 4, 16, 16
+_MOST_FEW, _MOST_BLOCKS, _MOST_SPLITS = 4, 16, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +229,7 @@ class TritonQuantizedLinear:
             **self._constants(),
             "WHOLE": inputs % packed.taken == 0,
             "BIASED": self._bias is not None,
-            "SPLIT": splits > 1,
+            "SPLITS": splits,
             "num_warps": variant.warps,
             "num_stages": variant.stages,
         }

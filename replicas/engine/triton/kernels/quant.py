@@ -145,24 +145,27 @@ def _weights(
 
 
 @triton.jit
-def _finish(acc, bias, parts, counters, out, n, m, rows, N, BIASED: tl.constexpr, SPLIT: tl.constexpr):
-    """Write acc [outputs n, rows m]. SPLIT: every program leaves its part, and the last one to come adds all up, always
-    in the same order, and sets its counter back."""
+def _finish(acc, bias, parts, counters, out, n, m, rows, N, BIASED: tl.constexpr, SPLITS: tl.constexpr):
+    """Write acc [outputs n, rows m]. With SPLITS every program leaves its part, and the last one to come adds all up,
+    always in the same order, and sets the counter back."""
+    # Parts that are read at once, in as many registers as there are.
+    TOGETHER: tl.constexpr = max(1, min(SPLITS, 8192 // (n.shape[0] * m.shape[0])))
     inside = (n < N)[:, None] & (m < rows)[None, :]
     at = m.to(tl.int64)[None, :] * N + n[:, None]
     last = True
-    if SPLIT:
-        splits = tl.num_programs(2)
+    if SPLITS > 1:
         each = tl.cast(rows, tl.int64) * N
         counter = counters + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         tl.store(parts + tl.program_id(2) * each + at, acc, mask=inside)
         tl.debug_barrier()
-        last = tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1
+        last = tl.atomic_add(counter, 1, sem="acq_rel") == SPLITS - 1
         if last:
             acc = tl.zeros_like(acc)
-            for split in range(0, splits):
-                # Not from the multiprocessor's own cache: others wrote this.
-                acc += tl.load(parts + split * each + at, mask=inside, other=0.0, cache_modifier=".cg")
+            for first in range(0, SPLITS, TOGETHER):
+                for more in tl.static_range(TOGETHER):
+                    # Not from the multiprocessor's own cache: others wrote this.
+                    part = parts + (first + more) * each + at
+                    acc += tl.load(part, mask=inside, other=0.0, cache_modifier=".cg")
             tl.store(counter, 0)
     if last:
         if BIASED:
@@ -192,7 +195,7 @@ def some_rows(
     SCALED: tl.constexpr,
     WHOLE: tl.constexpr,
     BIASED: tl.constexpr,
-    SPLIT: tl.constexpr,
+    SPLITS: tl.constexpr,
     UNITS: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -201,7 +204,7 @@ def some_rows(
     PRECISION: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Grid (rows / BLOCK_M, N / (64 TILES), splits): x [rows, K] -> out [rows, N], on tensor cores. Programs that read
+    """Grid (rows / BLOCK_M, N / (64 TILES), SPLITS): x [rows, K] -> out [rows, N], on tensor cores. Programs that read
     the same weights are neighbours.
 
     UNITS units are taken at once. SCALED: weights are multiplied by their scales, in float32; else each group's sums
@@ -213,7 +216,7 @@ def some_rows(
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     acc = tl.zeros([64 * TILES, BLOCK_M], dtype=tl.float32)
     steps = units // UNITS
-    share = tl.cdiv(steps, tl.num_programs(2))
+    share = tl.cdiv(steps, SPLITS)
     begin = tl.program_id(2) * share
     for step in range(begin, tl.minimum(begin + share, steps)):
         halves = _load(codes, first_tile, step * UNITS, units, UNITS, TILES)
@@ -233,7 +236,7 @@ def some_rows(
                 group = tl.minimum(step * KEPT // GROUP, groups - 1)
             scale = tl.load(scales + group * N + n, mask=n < N, other=0).to(tl.float32)
             acc += tl.dot(weights, xs, input_precision=PRECISION) * scale[:, None]
-    _finish(acc, bias, parts, counters, out, n, m, rows, N, BIASED, SPLIT)
+    _finish(acc, bias, parts, counters, out, n, m, rows, N, BIASED, SPLITS)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -257,11 +260,11 @@ def few_rows(
     ORIGIN: tl.constexpr,
     WHOLE: tl.constexpr,
     BIASED: tl.constexpr,
-    SPLIT: tl.constexpr,
+    SPLITS: tl.constexpr,
     UNITS: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Grid (rows, N / 64, splits): as `some_rows`, in float32 and without tensor cores, a row in each program.
+    """Grid (rows, N / 64, SPLITS): as `some_rows`, in float32 and without tensor cores, a row in each program.
 
     Every thread adds up its own products and they meet once, at the end.
     """
@@ -271,7 +274,7 @@ def few_rows(
     n = tile * 64 + tl.arange(0, 64)
     acc = tl.zeros([64, KEPT], dtype=tl.float32)
     steps = units // UNITS
-    share = tl.cdiv(steps, tl.num_programs(2))
+    share = tl.cdiv(steps, SPLITS)
     begin = tl.program_id(2) * share
     for step in range(begin, tl.minimum(begin + share, steps)):
         halves = _load(codes, tile, step * UNITS, units, UNITS, 1)
@@ -285,7 +288,7 @@ def few_rows(
         )
         acc += weights * xs[None, :]
     m = row + tl.arange(0, 1)
-    _finish(tl.sum(acc, axis=1)[:, None], bias, parts, counters, out, n, m, rows, N, BIASED, SPLIT)
+    _finish(tl.sum(acc, axis=1)[:, None], bias, parts, counters, out, n, m, rows, N, BIASED, SPLITS)
 
 
 @triton.jit
