@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from replicas.engine.sampler import Sampler, uniform
+from replicas.engine.draw import uniform
+from replicas.engine.sampler import Sampler
 from replicas.engine.sequence import Sequence
 from replicas.protocol import SamplingParams
 
