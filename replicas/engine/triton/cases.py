@@ -14,6 +14,7 @@ from replicas.engine.triton.attention import TritonAttention
 from replicas.engine.triton.cache import rope_and_write
 from replicas.engine.triton.ops import TritonOps
 from replicas.engine.triton.quant import TritonQuantizedLinear
+from replicas.engine.triton.sampling import Lots, listed_argmax, noisy_argmax
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,9 +187,27 @@ def small_launches(device: torch.device, models: Sequence[tuple[torch.dtype, int
         yield f"small operations, {str(dtype).removeprefix('torch.')}"
 
 
+_VOCABULARIES = (128256, 50257)
+
+
+def sampling_launches(device: torch.device, widths: Sequence[int]) -> Iterator[str]:
+    """The whole vocabulary, and a list of likeliest tokens."""
+    keys, out = torch.arange(3, device=device), torch.empty(3, dtype=torch.int64, device=device)
+    for width in widths:
+        logits = torch.zeros(3, width, device=device)
+        noisy_argmax(logits, Lots(keys, keys, logits[:, 0] + 1, logits[:, 0]), out, parts=4)
+        listed_argmax(logits, torch.arange(width, device=device).repeat(3, 1), keys, out, parts=4)
+        yield f"sampling from {width}"
+
+
 def launch_everything(device: torch.device) -> list[str]:
     """Launch each kernel in every form; the names of what was launched."""
-    return [*attention_launches(device), *linear_launches(device), *small_launches(device, _SMALL)]
+    return [
+        *attention_launches(device),
+        *linear_launches(device),
+        *small_launches(device, _SMALL),
+        *sampling_launches(device, _VOCABULARIES),
+    ]
 
 
 def launch_each(device: torch.device) -> list[str]:
@@ -200,4 +219,5 @@ def launch_each(device: torch.device) -> list[str]:
         *attention_launches(device, attention),
         *linear_launches(device, [linear]),
         *small_launches(device, _SMALL[:1]),
+        *sampling_launches(device, _VOCABULARIES[:1]),
     ]

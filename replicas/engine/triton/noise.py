@@ -36,4 +36,5 @@ def gumbel(keys: NDArray[Any], token_ids: NDArray[Any]) -> NDArray[np.float64]:
     zero = np.zeros_like(block)
     words = philox(np.stack([block, zero, zero, zero]), np.stack([key & _LOW, key >> np.uint64(32)]))
     word = np.take_along_axis(words, (ids % 4)[None], axis=0)[0].astype(np.float64)
-    return -np.log(-np.log1p(-(word + 0.5) / 2.0**32))
+    noise: NDArray[np.float64] = -np.log(-np.log1p(-(word + 0.5) / 2.0**32))
+    return noise
