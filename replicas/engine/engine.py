@@ -23,6 +23,7 @@ from replicas.engine.blocks import BlockPool
 from replicas.engine.config import EngineConfig
 from replicas.engine.deadlines import too_late
 from replicas.engine.detokenizer import Detokenizer
+from replicas.engine.draw import choose_draw
 from replicas.engine.flight import Flight, choose_async, needs_history
 from replicas.engine.graphs import GraphRunner, choose_graphs, choose_padding
 from replicas.engine.host_cache import build_host_cache, staging_bytes
@@ -73,7 +74,7 @@ class Engine:
         self._decoder, self._tokenizer = loaded.decoder, loaded.tokenizer
         self.max_model_len = loaded.decoder.max_model_len
         self._eos = frozenset(loaded.card.eos_token_ids)
-        self._sampler = Sampler(loaded.card.eos_token_ids, typical_rule(config.speculative))
+        self._sampler = Sampler(loaded.card.eos_token_ids, typical_rule(config.speculative), choose_draw(loaded.device))
         self._random = random.Random(config.seed)
         budget = loaded.max_num_batched_tokens
         # Before the KV cache, which takes what is left.

@@ -65,7 +65,11 @@ def run_largest_step(loaded: Loaded, config: EngineConfig, sampler: Sampler) -> 
     items = [(Sequence("", i, [0] * share, share, params, i, b"", blocks=blocks), share) for i in range(num_seqs)]
     logits = loaded.decoder.forward(layout(items), loaded.allocate_kv(len(blocks), config.block_size).layers)
     activations = torch.cuda.max_memory_allocated(loaded.device) - before
-    sampler(logits, [seq for seq, _ in items])
+    rows = [seq for seq, _ in items]
+    sampler(logits, rows)
+    for seq in rows:  # the other way to draw, so that its kernels are compiled before anybody waits for them
+        seq.sampling = SamplingParams(max_tokens=1)
+    sampler(logits, rows)
     if choose_graphs(config.step_graphs, loaded.device, loaded.attention) is None:
         return 0
     return reserved_bytes(

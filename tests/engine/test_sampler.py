@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence as Seq
 from typing import Any
 
 import numpy as np
@@ -10,17 +11,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from replicas.engine.sampler import Sampler, uniform
+from replicas.engine.draw import uniform
+from replicas.engine.sampler import Sampler, Typical
 from replicas.engine.sequence import Sequence
 from replicas.protocol import SamplingParams
 
 VOCAB = 40
 
 
-def sequence(output: tuple[int, ...] = (), prompt: tuple[int, ...] = (1,), seed: int = 0, **params: Any) -> Sequence:
+def sequence(
+    output: tuple[int, ...] = (),
+    prompt: tuple[int, ...] = (1,),
+    seed: int = 0,
+    drafts: Seq[int] = (),
+    **params: Any,
+) -> Sequence:
     sampling = SamplingParams(**{"max_tokens": 100, **params})
-    return Sequence("r", 0, [*prompt, *output], len(prompt), sampling, seed, b"")
+    return Sequence("r", 0, [*prompt, *output], len(prompt), sampling, seed, b"", drafts=list(drafts))
 
 
 def logits_of(seed: int, rows: int = 1, vocab: int = VOCAB) -> torch.Tensor:
@@ -86,27 +95,30 @@ def test_nucleus_wider_than_the_sorted_head_is_exact_too() -> None:
     assert max(tokens) > 1024
 
 
+def any_params(data: st.DataObject) -> dict[str, Any]:
+    return data.draw(
+        st.fixed_dictionaries(
+            {
+                "temperature": st.sampled_from([0.0, 0.7, 1.0]),
+                "top_k": st.sampled_from([0, 1, 7, VOCAB + 5]),
+                "top_p": st.sampled_from([1.0, 0.9, 0.3]),
+                "min_p": st.sampled_from([0.0, 0.1]),
+                "frequency_penalty": st.sampled_from([0.0, 1.0]),
+                "repetition_penalty": st.sampled_from([1.0, 1.3]),
+                "min_tokens": st.sampled_from([0, 2]),
+                "logit_bias": st.sampled_from([(), ((3, 5.0),)]),
+                "logprobs": st.sampled_from([None, 0, 3]),
+            }
+        )
+    )
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_a_row_draws_the_same_token_whatever_shares_its_batch(data: st.DataObject) -> None:
-    def any_params() -> dict[str, Any]:
-        return data.draw(
-            st.fixed_dictionaries(
-                {
-                    "temperature": st.sampled_from([0.0, 0.7, 1.0]),
-                    "top_k": st.sampled_from([0, 1, 7, VOCAB + 5]),
-                    "top_p": st.sampled_from([1.0, 0.9, 0.3]),
-                    "min_p": st.sampled_from([0.0, 0.1]),
-                    "frequency_penalty": st.sampled_from([0.0, 1.0]),
-                    "repetition_penalty": st.sampled_from([1.0, 1.3]),
-                    "min_tokens": st.sampled_from([0, 2]),
-                    "logit_bias": st.sampled_from([(), ((3, 5.0),)]),
-                    "logprobs": st.sampled_from([None, 0, 3]),
-                }
-            )
-        )
-
-    rows = [sequence(output=(3, 3, 5)[: i % 4], seed=i, **any_params()) for i in range(data.draw(st.integers(1, 6)))]
+    rows = [
+        sequence(output=(3, 3, 5)[: i % 4], seed=i, **any_params(data)) for i in range(data.draw(st.integers(1, 6)))
+    ]
     logits = logits_of(data.draw(st.integers(0, 99)), rows=len(rows))
     sampler = Sampler([0])
     together = sampler(logits.clone(), rows)
@@ -131,6 +143,67 @@ def test_logprobs_are_raw_and_sorted() -> None:
     assert got.token_id == 7
     assert got.logprob == pytest.approx(want[7].item(), abs=1e-6)
     assert [t for t, _ in got.top] == want.topk(3).indices.tolist()
+
+
+def test_logprobs_are_those_of_log_softmax_whoever_asks() -> None:
+    logits = logits_of(2, rows=4, vocab=3000)
+    logits[1, 7], logits[2, :2990] = 40.0, float("-inf")
+    rows = [sequence(temperature=0, logprobs=count) for count in (5, 0, 2)] + [sequence(temperature=0)]
+    want = torch.log_softmax(logits.double(), dim=-1)
+    for i, got in enumerate(Sampler([])(logits.clone(), rows)):
+        count = rows[i].sampling.logprobs
+        if count is None:
+            assert got.logprob is None
+            continue
+        assert got.logprob == pytest.approx(want[i].max().item(), rel=1e-5, abs=1e-9)
+        assert [t for t, _ in got.top] == want[i].topk(count).indices.tolist()
+        assert [p for _, p in got.top] == pytest.approx(want[i].topk(count).values.tolist(), abs=1e-5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.data())
+def test_guesses_stand_where_typical_acceptance_says_so(data: st.DataObject) -> None:
+    rule = Typical(*data.draw(st.sampled_from([(0.3, 0.3), (0.09, 0.3), (1.0, 1.0), (1e-6, 1e-6)])))
+    rows = [
+        sequence(
+            seed=i,
+            temperature=data.draw(st.sampled_from([0.0, 0.5, 1.0])),
+            drafts=data.draw(st.lists(st.integers(0, VOCAB - 1), max_size=1)),
+        )
+        for i in range(data.draw(st.integers(1, 5)))
+    ]
+    logits = logits_of(data.draw(st.integers(0, 99)), rows=len(rows))
+    logits[:, data.draw(st.lists(st.integers(0, VOCAB - 1), max_size=5))] = float("-inf")
+    free = Sampler([])(logits.clone(), rows)
+    for i, got in enumerate(Sampler([], rule)(logits.clone(), rows)):
+        guess, temperature = rows[i].guess, rows[i].sampling.temperature
+        stands = False
+        if guess is not None and temperature > 0:
+            probs = expected_probs(logits[i].numpy(), temperature=temperature)
+            entropy = -sum(p * math.log(p) for p in probs if p)
+            stands = probs[guess] > min(rule.epsilon, rule.delta * math.exp(-entropy))
+        assert got.token_id == (guess if stands else free[i].token_id)
+
+
+class Unasked(TorchDispatchMode):
+    """Fails where the host would wait for a device: a number read, or a mask that says how many it chooses."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"), name
+        if name in ("index", "index_put", "index_put_"):
+            assert all(at is None or at.dtype is not torch.bool for at in args[1]), f"{name} with a mask"
+        return func(*args, **(kwargs or {}))
+
+
+def test_drawing_asks_the_device_nothing() -> None:
+    everything = {"logprobs": 3, "logit_bias": ((3, 5.0),), "min_tokens": 5, "repetition_penalty": 1.3}
+    limits = [{}, {"temperature": 0}, {"min_p": 0.1}, {"top_k": 7}, {"top_p": 0.9}, {"top_p": 0.9, "top_k": 3}]
+    rows = [sequence((3,), seed=i, drafts=[i], **everything, **limit) for i, limit in enumerate(limits)]
+    logits = logits_of(1, rows=len(rows))
+    with Unasked():
+        drawn = Sampler([0], Typical(0.3, 0.3)).draw(logits, rows)
+    assert len(drawn.read()) == len(rows)
 
 
 def test_penalties_follow_their_definitions() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from replicas.engine.attention import Attention, TorchAttention
@@ -15,8 +17,10 @@ from replicas.engine.triton import linear as triton_linear
 from replicas.engine.triton.attention import TritonAttention
 from replicas.engine.triton.cache import rope_and_write, write_cache
 from replicas.engine.triton.cases import ATTENTION, LINEAR, AttentionCase, LinearCase
+from replicas.engine.triton.noise import gumbel
 from replicas.engine.triton.ops import TritonOps
 from replicas.engine.triton.quant import VARIANTS, TritonQuantizedLinear
+from replicas.engine.triton.sampling import Lots, listed_argmax, noisy_argmax, row_key
 
 LIMITS = {torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
@@ -128,6 +132,38 @@ def _unlike(one: LayerCache, other: LayerCache) -> float:
     return max((a != b).double().mean().item() for a, b in pairs)
 
 
+def check_sampling(
+    device: torch.device, seed: int, sizes: Sequence[tuple[int, int]] = ((5, 128256), (16, 50257), (3, 1000))
+) -> Iterator[Measured]:
+    """Tokens drawn against the greatest of the same noisy logits in float64: how much less those drawn had. It is 0
+    for equal tokens; of two that nearly tie, rounding decides."""
+    generator = torch.Generator(device).manual_seed(seed)
+    for rows, width in sizes:
+        logits = 5 * torch.randn(rows, width, generator=generator, device=device)
+        ids = torch.rand(rows, width, generator=generator, device=device).argsort(dim=1)
+        places = torch.arange(rows, device=device).flip(0)
+        keys = torch.tensor([row_key(seed, row, width) for row in range(rows)], device=device)
+        sharpness = torch.linspace(0, 2, rows, device=device)
+        lots = Lots(places, keys, sharpness, torch.full_like(sharpness, -1.0))
+        exact = logits[places].double().cpu().numpy()
+        noisy = np.where(exact < -1, -np.inf, exact * lots.sharpness.double().cpu().numpy()[:, None])
+        noisy += gumbel(keys.cpu().numpy(), np.arange(width))
+        noisy[0] = exact[0]
+        listed = logits.double().cpu().numpy() + gumbel(keys.cpu().numpy(), ids.cpu().numpy())
+        for parts in (1, 7):
+            out = torch.full((rows,), -1, device=device)
+            noisy_argmax(logits, lots, out, parts)
+            yield Measured(f"sampling, {rows} x {width}, {parts} parts", _short(noisy, out[places]), 1e-4)
+            listed_argmax(logits, ids, keys, out, parts)
+            at = (ids == out[:, None]).to(torch.uint8).argmax(dim=1)
+            yield Measured(f"sampling of listed, {rows} x {width}, {parts} parts", _short(listed, at), 1e-4)
+
+
+def _short(noisy: NDArray[np.float64], taken: Tensor) -> float:
+    """How much the worst of the taken columns lacks of its row's greatest number."""
+    return float((noisy.max(axis=1) - noisy[np.arange(len(noisy)), taken.cpu().numpy()]).max())
+
+
 def checks(device: torch.device, seed: int) -> dict[str, list[Callable[[], list[Measured]]]]:
     """All checks by kind; each is to be called on its own, as any may fail."""
 
@@ -154,4 +190,5 @@ def checks(device: torch.device, seed: int) -> dict[str, list[Callable[[], list[
         ],
         "single rows": [single_rows(kernel, dtype) for kernel in triton_linear.VARIANTS for dtype in LIMITS],
         "small": [small(dtype) for dtype in LIMITS],
+        "sampling": [lambda: [*check_sampling(device, seed)]],
     }

@@ -15,6 +15,7 @@ from replicas.engine.triton.cache import rope_and_write
 from replicas.engine.triton.linear import VARIANTS, TritonLinear
 from replicas.engine.triton.ops import TritonOps
 from replicas.engine.triton.quant import TritonQuantizedLinear
+from replicas.engine.triton.sampling import Lots, listed_argmax, noisy_argmax
 from replicas.engine.triton.steps import pad_into
 
 
@@ -202,6 +203,19 @@ def small_launches(device: torch.device, models: Sequence[tuple[torch.dtype, int
         yield f"small operations, {str(dtype).removeprefix('torch.')}"
 
 
+_VOCABULARIES = (128256, 50257)
+
+
+def sampling_launches(device: torch.device, widths: Sequence[int]) -> Iterator[str]:
+    """The whole vocabulary, and a list of likeliest tokens."""
+    keys, out = torch.arange(3, device=device), torch.empty(3, dtype=torch.int64, device=device)
+    for width in widths:
+        logits = torch.zeros(3, width, device=device)
+        noisy_argmax(logits, Lots(keys, keys, logits[:, 0] + 1, logits[:, 0]), out, parts=4)
+        listed_argmax(logits, torch.arange(width, device=device).repeat(3, 1), keys, out, parts=4)
+        yield f"sampling from {width}"
+
+
 def launch_everything(device: torch.device) -> list[str]:
     """Launch each kernel in every form; the names of what was launched."""
     return [
@@ -209,6 +223,7 @@ def launch_everything(device: torch.device) -> list[str]:
         *linear_launches(device),
         *plain_launches(device),
         *small_launches(device, _SMALL),
+        *sampling_launches(device, _VOCABULARIES),
     ]
 
 
@@ -222,4 +237,5 @@ def launch_each(device: torch.device) -> list[str]:
         *linear_launches(device, [linear]),
         *plain_launches(device),
         *small_launches(device, _SMALL[:1]),
+        *sampling_launches(device, _VOCABULARIES[:1]),
     ]
