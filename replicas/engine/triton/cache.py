@@ -8,7 +8,7 @@ from replicas.engine.kv_format import LayerCache
 from replicas.engine.triton.device import next_power_of_2
 
 _TILE = 512  # numbers of one half of the heads that a program takes
-_CODES = {"int8": 1, "fp8_e4m3": 2}
+_CODES = {"int8": 1, "fp8_e4m3": 2, "fp8_e4m3_head": 2}
 
 
 def code_of(cache: LayerCache) -> int:
@@ -63,6 +63,7 @@ def _launch(
         *((0, 0) if scales is None else (scales.stride(0), scales.stride(1))),
         ROTATE=rotate,
         CODE=code_of(cache),
+        FIXED=cache.format is not None and cache.format.per_head,
         LARGEST=1.0 if cache.format is None else cache.format.largest or 1.0,
         BLOCK_SIZE=cache.keys.shape[1],
         HALF_DIM=dim // 2,
