@@ -169,3 +169,39 @@ def rope_and_write(
                 first, second, values, value_scales, slot, heads, mask, value_block_stride, token_stride, head_stride,
                 scale_block_stride, scale_token_stride, CODE, FIXED, LARGEST, BLOCK_SIZE, HALF_DIM, HALF,
             )  # fmt: skip
+
+
+@triton.jit
+def round_queries(
+    q,
+    codes,
+    scales,
+    query_start,
+    q_token_stride,
+    q_head_stride,
+    LARGEST: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Grid (sequences, KV heads): e4m3 codes of a sequence's queries of one KV head, over one scale for all of them.
+
+    q [T, Hq, D] -> codes int8 [T, Hq, D] and scales float32 [S, Hk]. A sequence brings at most ROWS / GROUP tokens.
+    """
+    seq = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    first = tl.load(query_start + seq)
+    count = tl.load(query_start + seq + 1) - first
+    rows = tl.arange(0, ROWS)
+    dims = tl.arange(0, BLOCK_D)
+    token = (first + rows // GROUP).to(tl.int64)
+    head = kv_head * GROUP + rows % GROUP
+    mask = (rows // GROUP < count)[:, None] & (dims < HEAD_DIM)[None, :]
+    at = token * q_token_stride + head * q_head_stride
+    x = tl.load(q + at[:, None] + dims[None, :], mask=mask, other=0.0).to(tl.float32)
+    # One number in all rows.
+    scale = _scale_for(tl.zeros([ROWS], dtype=tl.float32) + tl.max(tl.max(tl.abs(x), axis=1), axis=0), LARGEST)
+    out = (token * (tl.num_programs(1) * GROUP) + head) * HEAD_DIM
+    tl.store(codes + out[:, None] + dims[None, :], _encode(x, scale, 2, True, LARGEST), mask=mask)
+    tl.store(scales + seq * tl.num_programs(1) + kv_head, tl.max(scale, axis=0))
