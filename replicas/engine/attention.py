@@ -107,7 +107,9 @@ def obstacles(
 
 def _native_kv_obstacle(kv: KVFormat | None) -> str:
     """Why the C++ kernels cannot keep keys and values so; "" if they can."""
-    return f"keeps a scale of each token, and kv_cache_dtype {kv.name} has none" if kv is not None and kv.per_head else ""
+    return (
+        f"keeps a scale of each token, and kv_cache_dtype {kv.name} has none" if kv is not None and kv.per_head else ""
+    )
 
 
 def choose_attention(

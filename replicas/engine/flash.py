@@ -5,12 +5,11 @@
     flash_attn_interface  FlashAttention 3 (Shah et al. 2024, arXiv:2407.08608): built from its repository's `hopper`
                           folder; Hopper only, pages of any size
 
-Both take unrounded caches. FlashAttention 3 also multiplies e4m3 with e4m3, with a float32 factor each for queries, keys
-and values of a sequence and KV head (`q_descale`, `k_descale`, `v_descale`): that is what kv_cache_dtype fp8_e4m3_head
-keeps, while formats with a scale for each token (`kv_format.py`) have no argument to go to. Queries are rounded for it on
-the way, with a scale taken from the sequence's own tokens; softmax weights are rounded by FlashAttention itself, and its
-results are bfloat16. Both split long contexts over programs by themselves, from shapes alone, so that a captured graph
-holds.
+Both take unrounded caches. FlashAttention 3 also multiplies e4m3 with e4m3, with a float32 factor each for the queries,
+keys and values of a sequence and KV head (`q_descale`, `k_descale`, `v_descale`): that is what kv_cache_dtype
+fp8_e4m3_head keeps, while formats with a scale for each token (`kv_format.py`) have no argument to go to. Queries are
+rounded for it on the way (`rounded_queries.py`), softmax weights by FlashAttention itself; its results are bfloat16.
+Both split long contexts over programs by themselves, from shapes alone, so that a captured graph holds.
 """
 
 from __future__ import annotations
@@ -186,7 +185,9 @@ class FlashAttention:
     def _third(self, q: Tensor, cache: LayerCache, batch: StepBatch, settings: dict[str, Any]) -> Tensor:
         queries, keys, values = q, cache.keys, cache.values
         if cache.key_scales is not None and cache.value_scales is not None:
-            assert cache.format is not None and cache.format.per_head, "FlashAttention was given a scale for each token"
+            form = cache.format
+            assert form is not None, "scales without a format"
+            assert form.per_head, f"FlashAttention was given {form.name}, which has a scale for each token"
             queries, q_descale = self._round(q, batch, keys.shape[2])
             keys, values = keys.view(_FP8), values.view(_FP8)
             k_descale, v_descale = (s[0, 0].expand_as(q_descale) for s in (cache.key_scales, cache.value_scales))

@@ -12,8 +12,8 @@ fp8_e4m3 is the OCP 8-bit format (4 exponent and 3 mantissa bits, no infinities:
 arXiv:2209.05433).
 
 fp8_e4m3_head has the same codes with one scale for all keys of a layer and KV head, and one for all its values, fixed
-before the first token (`kv_scales.py` says where they come from). Numbers beyond 448 scales become the largest code. What
-is stored still depends on the token alone, nothing is stored beside the codes, and FlashAttention 3 can multiply them.
+before the first token (`kv_scales.py` says where they come from). Numbers beyond 448 scales become the largest code.
+What is stored still depends on the token alone, nothing lies beside the codes, and FlashAttention 3 can multiply them.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ class LayerCache:
     """One layer's keys and values, each [num_blocks, block_size, num_kv_heads, head_dim].
 
     format None: stored in the tensors' own type. Scaled formats come with key_scales and value_scales, each float32
-    [num_blocks, block_size, num_kv_heads]; where there is one a head, that is the same num_kv_heads numbers with strides
-    of 0, which kernels that are given strides read as any others.
+    [num_blocks, block_size, num_kv_heads]; where there is one a head, that is the same num_kv_heads numbers with
+    strides of 0, which kernels that are given strides read as any others.
     """
 
     keys: Tensor

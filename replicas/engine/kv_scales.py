@@ -1,16 +1,16 @@
-"""The scales of formats that keep one for a layer's keys, or values, of each KV head: a checkpoint's own, else measured.
+"""The scales of formats that keep one for the keys, or values, of a layer and KV head: the checkpoint's, else measured.
 
 Measuring runs the model once, over a fixed sample, on an unrounded cache:
 
     scale = 2 x the largest magnitude of the head's keys (or values) / 448
 
-The 2 leaves room for what the sample did not show; beyond it numbers become the largest code. Room costs a float format no
-precision: every doubling of the scale moves numbers one exponent down, where the grid is as fine in proportion, until they
-reach the denormals, below 2^-6 of 448 codes. With this scale those begin 14336 times below the sample's largest number.
+The 2 leaves room for what the sample did not show; beyond it numbers become the largest code. Room costs a float format
+no precision: where the scale doubles, numbers lie one exponent lower, and there the grid is as fine in proportion, down
+to the denormals (codes below 2^-6). Those begin 14336 times below the sample's largest number.
 
-The sample is token ids spread evenly over the vocabulary, not text, so that it needs no data and no tokenizer. Its pieces
-are of one length whatever the settings (but for step budgets below that): the same weights give the same scales on every
-replica with the same device, type and kernels.
+The sample is token ids spread evenly over the vocabulary, not text, so that it needs no data and no tokenizer. The same
+weights give the same scales on every replica with the same device, type and kernels, whatever the other settings, but
+where max_model_len cuts the sample or the step budget its pieces.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def choose_kv_scales(decoder: Decoder, kv: KVFormat, stored: Tensor | None, budg
     """
     if not kv.per_head:
         if stored is not None:
-            logger.warning("the checkpoint's scales for keys and values are for another kv_cache_dtype than %s", kv.name)
+            logger.warning(
+                "the checkpoint's scales for keys and values are for another kv_cache_dtype than %s", kv.name
+            )
         return None
     if stored is not None:
         logger.info("scales of keys and values: the checkpoint's")
@@ -56,7 +58,7 @@ def choose_kv_scales(decoder: Decoder, kv: KVFormat, stored: Tensor | None, budg
 
 
 def sample(vocab_size: int, tokens: int) -> Tensor:
-    """int64 [tokens]: fractions of multiples of the golden ratio, which no prefix of leaves a part of the vocabulary out."""
+    """int64 [tokens] by the fractions of multiples of the golden ratio: however many, they leave no wide gap."""
     return torch.tensor([int(i * _GOLDEN % 1 * vocab_size) for i in range(1, tokens + 1)])
 
 

@@ -31,8 +31,8 @@ _CPU_BUDGET, _CUDA_BUDGET = 256, 2048
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
-    """kv: how keys and values are stored; its name, kv_format, is part of every prefix hash. kv_scales: float32 [layers, 2,
-    KV heads] where the format has one for each.
+    """kv: how keys and values are stored; its name, kv_format, is part of every prefix hash.
+    kv_scales: float32 [layers, 2, KV heads] where the format has one for each.
 
     ops, attention: the backends' names. backends: the same with why they were taken, for logs and status.
     """

@@ -280,7 +280,7 @@ def test_a_scale_a_head_stays_near_the_unrounded_model(make_engine: MakeEngine, 
 
 
 def test_the_kernels_of_a_cpu_refuse_a_scale_a_head_by_name(make_engine: MakeEngine) -> None:
-    with pytest.raises(ConfigError, match="'native' cannot be used here: .*kv_cache_dtype fp8_e4m3_head has none"):
+    with pytest.raises(ConfigError, match=r"'native' cannot be used here: .*kv_cache_dtype fp8_e4m3_head has none"):
         make_engine(kv_cache_dtype=HEAD, attention="native", dtype="float32")
     assert make_engine(kv_cache_dtype=HEAD).loaded.attention == "torch"
 

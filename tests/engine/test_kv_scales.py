@@ -102,7 +102,11 @@ def test_a_model_that_overflows_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize("shape", [(2,), (2, 1, 1), (1,), ()])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_checkpoints_scales_are_used(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    k = torch.full(shape, 0.0625, dtype=dtype) if len(shape) < 1 else torch.arange(1, shape[0] + 1).to(dtype).view(shape) / 16
+    k = (
+        torch.full(shape, 0.0625, dtype=dtype)
+        if len(shape) < 1
+        else torch.arange(1, shape[0] + 1).to(dtype).view(shape) / 16
+    )
     add(folder, stored(k, 2 * k) | {ATTENTION.format(0, "q_scale"): torch.ones(1)})
     loaded = head_scales(folder)
     per_head = k.float().flatten().expand(2)

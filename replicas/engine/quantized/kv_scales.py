@@ -1,6 +1,7 @@
 """Scales for 8-bit keys and values that a safetensors folder brings.
 
-llm-compressor writes them beside a layer's projections (compressed-tensors, `kv_cache_scheme`), and vLLM reads these names:
+llm-compressor writes them beside a layer's projections (compressed-tensors, `kv_cache_scheme`) under names that vLLM
+reads too:
 
     model.layers.N.self_attn.k_scale, v_scale             one number, or one a KV head: [heads] or [heads, 1, 1]
     model.layers.N.self_attn.k_zero_point, v_zero_point   zeros, where they are written at all
@@ -49,14 +50,16 @@ def stored_kv_scales(
 ) -> Tensor | None:
     """Float32 [num_layers, 2, num_kv_heads], keys first; None where the folder has none.
 
-    held: its tensors by name; files: what they lie in; `tensor(name)` reads one. ConfigError, naming file and tensor, for
-    a layer without, for shapes and types that are none of the above, and for numbers that are no scales.
+    held: its tensors by name; files: what they lie in; `tensor(name)` reads one. ConfigError, naming file and tensor,
+    for a layer without, for shapes and types that are none of the above, and for numbers that are no scales.
     """
     parts = [found for name in held if (found := _NAME.fullmatch(name)) and is_kv_scale(name, config.num_layers)]
     for found in parts:
         name = found[0]
         if found[3] == "zero_point" and bool(tensor(name).float().any()):
-            raise ConfigError(f"{held[name].file}: tensor {name!r} is not zero, and keys and values have no zero points")
+            raise ConfigError(
+                f"{held[name].file}: tensor {name!r} is not zero, and keys and values have no zero points"
+            )
     if not any(found[3] == "scale" and found[2] in "kv" for found in parts):
         return None
     scales = torch.empty(config.num_layers, 2, config.num_kv_heads)

@@ -23,6 +23,7 @@ from tests.engine.triton.test_attention import Case
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 HALF = torch.bfloat16
+HEAD = choose_kv_format("fp8_e4m3_head", HALF)
 
 
 def want(**changes: Any) -> Wanted:
@@ -34,6 +35,7 @@ def test_flash_attention_serves_what_it_can() -> None:
     assert flash.obstacle(Flash(2, "2.8.3"), want()) == ""
     assert flash.obstacle(Flash(2, "2.8.3"), want(capability=(8, 0), block_size=512)) == ""
     assert flash.obstacle(Flash(3, "3.0.0"), want(block_size=16)) == ""
+    assert flash.obstacle(Flash(3, "3.0.0"), want(block_size=16, kv=HEAD)) == ""
 
 
 @pytest.mark.parametrize(
@@ -45,6 +47,9 @@ def test_flash_attention_serves_what_it_can() -> None:
         (Flash(2, "2.8.3"), {"head_dim": 288}, "not 288"),
         (Flash(2, "2.8.3"), {"head_dim": 20}, "not 20"),
         (Flash(3, "3.0.0"), {"kv": choose_kv_format("fp8_e4m3", HALF)}, "kv_cache_dtype fp8_e4m3"),
+        (Flash(3, "3.0.0"), {"kv": HEAD, "head_dim": 72}, "multiples of 16 in FP8, not 72"),
+        (Flash(3, "3.0.0"), {"kv": HEAD, "capability": (8, 9)}, "runs on compute capability 9"),
+        (Flash(2, "2.8.3"), {"kv": HEAD}, "takes no 8-bit keys and values, which kv_cache_dtype fp8_e4m3_head keeps"),
         (Flash(2, "2.8.3"), {"block_size": 16}, "multiple of 256, not 16"),
         (Flash(2, "2.5.9"), {}, "2.5.9 is older than 2.6"),
         (Flash(2, "2.8.3"), {"capability": (7, 5)}, "needs compute capability 8"),
@@ -96,6 +101,9 @@ def test_a_gpu_prefers_flash_attention_then_triton(monkeypatch: pytest.MonkeyPat
     fp8 = attention.obstacles(CUDA, HALF, 128, choose_kv_format("fp8_e4m3", HALF))
     assert "scale of each token" in fp8["flash_attn"]
     assert fp8["triton"] == ""
+    by_head = attention.obstacles(CUDA, HALF, 128, HEAD)
+    assert by_head["flash_attn"] == by_head["triton"] == ""
+    assert "kv_cache_dtype fp8_e4m3_head has none" in attention.obstacles(CPU, torch.float32, 64, HEAD)["native"]
     assert "power of two" in attention.obstacles(CUDA, HALF, 128, block_size=24)["triton"]
 
 

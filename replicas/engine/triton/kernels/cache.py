@@ -63,7 +63,7 @@ def _store(
     HALF_DIM: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """Two halves (float32 [HEADS, HALF]) of one token's heads to its slot. FIXED: scales are there and are not written."""
+    """Two halves (float32 [HEADS, HALF]) of one token's heads to its slot. FIXED: scales are there, none is written."""
     block = slot // BLOCK_SIZE
     offset = slot % BLOCK_SIZE
     dims = tl.arange(0, HALF)
