@@ -5,17 +5,19 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-from replicas.engine import attention, flash
+from replicas.engine import SamplingParams, attention, flash
 from replicas.engine.backend import pick, reason
 from replicas.engine.flash import Flash, FlashAttention, Wanted
 from replicas.engine.kv_format import choose_kv_format
 from replicas.engine.ops import choose_ops
+from replicas.engine.reference import Reference
 from replicas.engine.triton import device as triton_device
 from replicas.protocol import ConfigError
 from tests.engine.conftest import MakeEngine
@@ -168,3 +170,16 @@ def test_an_engine_tells_what_it_runs_on(make_engine: MakeEngine) -> None:
     assert make_engine(attention="triton").card.backends.startswith("attention triton (asked for), ops ")
     with pytest.raises(ConfigError, match="'flash_attn' cannot be used here: neither flash_attn_interface"):
         make_engine(attention="flash_attn")
+
+
+@pytest.mark.parametrize("graphs", ["off", "eager"])
+def test_an_engine_on_the_kernels_rounds_as_the_reference_does(
+    graphs: str, make_engine: MakeEngine, tiny_model: Path
+) -> None:
+    """With one scale a head: prompts, decodes and, with graphs, padding."""
+    engine = make_engine(attention="triton", kv_cache_dtype=HEAD.name, step_graphs=graphs, max_model_len=40)
+    reference = Reference.load(tiny_model, engine.loaded.kv, engine.loaded.kv_scales)
+    asked = [list(range(40, 40 + length)) for length in (3, 17, 30)]
+    done = engine.generate(asked, SamplingParams(max_tokens=6, temperature=0, ignore_eos=True))
+    answers = [list(one.outputs[0].token_ids) for one in done]
+    assert answers == [reference.generate(prompt, 6, ignore_eos=True) for prompt in asked]
