@@ -36,7 +36,9 @@ def perplexity(
     ] = None,
     limit_tokens: Annotated[int | None, typer.Option(min=2, help="Only the text's first tokens.")] = None,
     quantization: Annotated[str, typer.Option(help="As in a fleet file: auto, none or int8.")] = "auto",
-    kv_cache_dtype: Annotated[str, typer.Option(help="As in a fleet file: auto, fp8_e4m3 or int8.")] = "auto",
+    kv_cache_dtype: Annotated[
+        str, typer.Option(help="As in a fleet file: auto, fp8_e4m3, fp8_e4m3_head or int8.")
+    ] = "auto",
     dtype: Annotated[str, typer.Option(help="Of activations: auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")] = False,

@@ -6,7 +6,7 @@ Layout of one layer's cache, the same for all backends (FlashAttention's paged l
     slot = block * block_size + offset   addresses one token's row of either
 
 The inside of a block is contiguous; from one block to the next it may be any distance (`stride(0)`). Formats that keep
-8 bits bring a scale for each row and KV head (`kv_format.py`).
+8 bits bring a scale for each row and KV head, or for each KV head (`kv_format.py`).
 """
 
 from __future__ import annotations
@@ -97,12 +97,19 @@ def obstacles(
     found = {
         "flash_attn": flash.obstacle(flash.installed(), flash.wanted(device, dtype, head_dim, block_size, kv)),
         "triton": triton_device.obstacle(device, dtype) or triton_attention.obstacle(block_size),
-        "native": native_obstacle(device, dtype),
+        "native": native_obstacle(device, dtype) or _native_kv_obstacle(kv),
         "torch": "",
     }
     # On a CPU Triton only runs in its interpreter, which nobody wants unasked.
     order = ("native", "torch", "flash_attn", "triton") if device.type == "cpu" else tuple(found)
     return {name: found[name] for name in order}
+
+
+def _native_kv_obstacle(kv: KVFormat | None) -> str:
+    """Why the C++ kernels cannot keep keys and values so; "" if they can."""
+    return (
+        f"keeps a scale of each token, and kv_cache_dtype {kv.name} has none" if kv is not None and kv.per_head else ""
+    )
 
 
 def choose_attention(

@@ -245,7 +245,9 @@ def arguments() -> argparse.ArgumentParser:
     what.add_argument("--shape", help="llama-3-8b, llama-3-70b or smollm2-135m, see replicas/engine/bench_shapes.py")
     parser.add_argument("--random-weights", action="store_true", help="goes with --shape: weights drawn on the device")
     parser.add_argument("--quant", help="goes with --shape: int4 or int8")
-    parser.add_argument("--kv-cache-dtype", default=default.kv_cache_dtype, help="auto, int8 or fp8_e4m3")
+    parser.add_argument(
+        "--kv-cache-dtype", default=default.kv_cache_dtype, help="auto, int8, fp8_e4m3 or fp8_e4m3_head"
+    )
     parser.add_argument("--prefill", type=_positive, nargs=2, help="goes with --shape: prompts, tokens of each")
     parser.add_argument("--mixed", type=_positive, nargs=3, help="goes with --shape: requests, prompt, output tokens")
     parser.add_argument("--peer", choices=["transformers"], help="goes with --shape: measure it in the same run")

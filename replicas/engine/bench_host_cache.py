@@ -80,7 +80,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=int, default=16, help="tokens of an answer (16)")
     parser.add_argument("--pool-tokens", type=int, default=1536, help="tokens that the KV pool holds (1536)")
     parser.add_argument("--host-cache-gib", type=float, default=1.0, help="host memory (1.0)")
-    parser.add_argument("--kv-cache-dtype", default=default.kv_cache_dtype, help="auto, int8 or fp8_e4m3")
+    parser.add_argument(
+        "--kv-cache-dtype", default=default.kv_cache_dtype, help="auto, int8, fp8_e4m3 or fp8_e4m3_head"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (torch's own choice)")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts (0)")
     return parser

@@ -105,6 +105,7 @@ class Bench:
                 yield self._quantized(f"{method} INT4 g{group}", permuted, Settings(method=method, group_size=group))
         yield self._quantized("gptq INT2 g32", permuted, Settings(method="gptq", bits=2, group_size=32))
         yield self._row("KV cache fp8_e4m3", permuted, quantization="none", kv_cache_dtype="fp8_e4m3")
+        yield self._row("KV cache fp8_e4m3_head", permuted, quantization="none", kv_cache_dtype="fp8_e4m3_head")
         yield self._row("KV cache int8", permuted, quantization="none", kv_cache_dtype="int8")
 
     def _quantized(self, name: str, source: Path, settings: Settings) -> Row:

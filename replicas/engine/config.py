@@ -20,7 +20,7 @@ class EngineConfig:
         Q4_0, Q4_1 and Q8_0 where kernels multiply with them as they are); "none" dequantises them at load; "int8"
         rounds a full-precision checkpoint or a GGUF to 8 bits at load.
     kv_cache_dtype: "auto" keeps keys and values in `dtype`; "fp8_e4m3" and "int8" in 8 bits with a scale for each token
-        and KV head (see kv_format.py).
+        and KV head, "fp8_e4m3_head" with one for each layer and KV head (see kv_format.py, kv_scales.py).
     attention: "auto" takes the best backend that can serve device, dtype, head size and kv_cache_dtype; "flash_attn",
         "triton", "native" and "torch" ask for one (docs/gpu.md).
     step_graphs: "auto" replays decodes from CUDA graphs where device and attention allow it; "off" never does; "eager"

@@ -55,6 +55,7 @@ BENCHES: dict[str, list[str]] = {
     "bench 70b int4": ["llama-3-70b", "--quant", "int4", "--batch", "1", "--prefill", "2", "2048",
                        "--mixed", "8", "512", "64"],
     "bench 8b fp8 kv": ["llama-3-8b", "--kv-cache-dtype", "fp8_e4m3", *_SHORT, "--batch", "1", "256"],
+    "bench 8b fp8 head": ["llama-3-8b", "--kv-cache-dtype", "fp8_e4m3_head", *_SHORT, "--batch", "1", "256"],
 }  # fmt: skip
 
 

@@ -5,9 +5,11 @@
     flash_attn_interface  FlashAttention 3 (Shah et al. 2024, arXiv:2407.08608): built from its repository's `hopper`
                           folder; Hopper only, pages of any size
 
-Both take unrounded caches only. FlashAttention 3 multiplies 8-bit keys with one scale for a sequence and KV head; ours
-have one for each token (`kv_format.py`), which it has no argument for. Both split long contexts over programs by
-themselves, from shapes alone, so that a captured graph holds.
+Both take unrounded caches. FlashAttention 3 also multiplies e4m3 with e4m3, with a float32 factor each for the queries,
+keys and values of a sequence and KV head (`q_descale`, `k_descale`, `v_descale`): that is what kv_cache_dtype
+fp8_e4m3_head keeps, while formats with a scale for each token (`kv_format.py`) have no argument to go to. Queries are
+rounded for it on the way (`rounded_queries.py`), softmax weights by FlashAttention itself; its results are bfloat16.
+Both split long contexts over programs by themselves, from shapes alone, so that a captured graph holds.
 """
 
 from __future__ import annotations
@@ -25,11 +27,13 @@ from torch import Tensor
 
 from replicas.engine.batch import StepBatch
 from replicas.engine.kv_format import KVFormat, LayerCache
+from replicas.engine.rounded_queries import round_queries
 from replicas.engine.triton import device as triton_device
 
 _LEAST_VERSION = (2, 6)  # of FlashAttention 2: block tables in the varlen call
 _PAGE = 256
 _LARGEST_HEAD = 256
+_FP8 = torch.float8_e4m3fn
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +89,7 @@ def obstacle(flash: Flash | None, want: Wanted) -> str:
         return f"computes in float16 or bfloat16, not in {str(want.dtype).removeprefix('torch.')}"
     if want.head_dim % 8 or want.head_dim > _LARGEST_HEAD:
         return f"takes head sizes that are multiples of 8 up to {_LARGEST_HEAD}, not {want.head_dim}"
-    if want.kv is not None and want.kv.scaled:
+    if want.kv is not None and want.kv.scaled and not want.kv.per_head:
         return f"has no argument for a scale of each token, which kv_cache_dtype {want.kv.name} keeps"
     return _obstacle_of_generation(flash, want)
 
@@ -93,8 +97,13 @@ def obstacle(flash: Flash | None, want: Wanted) -> str:
 def _obstacle_of_generation(flash: Flash, want: Wanted) -> str:
     assert want.capability is not None, "only a CUDA device gets here"
     major = want.capability[0]
+    eight_bits = want.kv is not None and want.kv.scaled
     if flash.generation == 3:
+        if eight_bits and want.head_dim % 16:
+            return f"FlashAttention 3 takes head sizes that are multiples of 16 in FP8, not {want.head_dim}"
         return "" if major == 9 else f"FlashAttention 3 runs on compute capability 9, this device has {major}"
+    if want.kv is not None and eight_bits:
+        return f"FlashAttention 2 takes no 8-bit keys and values, which kv_cache_dtype {want.kv.name} keeps"
     if _numbers(flash.version) < _LEAST_VERSION:
         return f"flash-attn {flash.version} is older than {'.'.join(map(str, _LEAST_VERSION))}"
     if major < 8:
@@ -116,10 +125,11 @@ class FlashAttention:
         self.name = f"flash_attn {flash.version}"
         self._generation = flash.generation
         self._write: Callable[[LayerCache, Tensor, Tensor, Tensor], None] = LayerCache.write
+        self._round: Callable[[Tensor, StepBatch, int], tuple[Tensor, Tensor]] = round_queries
         if not triton_device.obstacle(device, dtype):
-            from replicas.engine.triton.cache import write_cache
+            from replicas.engine.triton import cache
 
-            self._write = write_cache
+            self._write, self._round = cache.write_cache, cache.round_queries
         module = importlib.import_module("flash_attn_interface" if flash.generation == 3 else "flash_attn")
         self._paged: Any = module.flash_attn_with_kvcache
         self._varlen: Any = getattr(module, "flash_attn_varlen_func", None)
@@ -173,14 +183,23 @@ class FlashAttention:
         return mixed
 
     def _third(self, q: Tensor, cache: LayerCache, batch: StepBatch, settings: dict[str, Any]) -> Tensor:
+        queries, keys, values = q, cache.keys, cache.values
+        if cache.key_scales is not None and cache.value_scales is not None:
+            form = cache.format
+            assert form is not None, "scales without a format"
+            assert form.per_head, f"FlashAttention was given {form.name}, which has a scale for each token"
+            queries, q_descale = self._round(q, batch, keys.shape[2])
+            keys, values = keys.view(_FP8), values.view(_FP8)
+            k_descale, v_descale = (s[0, 0].expand_as(q_descale) for s in (cache.key_scales, cache.value_scales))
+            settings |= {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
         out: Tensor = self._paged(
-            q,
-            cache.keys,
-            cache.values,
+            queries,
+            keys,
+            values,
             cache_seqlens=batch.context_lens,
             page_table=batch.block_tables,
             cu_seqlens_q=batch.query_start,
             max_seqlen_q=batch.max_query_len,
             **settings,
         )
-        return out
+        return out.to(q.dtype)

@@ -1,15 +1,19 @@
-"""How keys and values are kept: as they are computed, or rounded to 8 bits with a scale each.
+"""How keys and values are kept: as they are computed, or rounded to 8 bits and multiplied by a scale.
 
-A *vector* is one token's key (or value) of one KV head, head_dim numbers. The 8-bit formats keep one float32 scale per
+A *vector* is one token's key (or value) of one KV head, head_dim numbers. int8 and fp8_e4m3 keep one float32 scale per
 vector, taken from the vector itself when it is written:
 
     scale = max|x| / largest        largest: 127 for int8, 448 for fp8_e4m3 (1 where the vector is all zeros)
     code  = round(x / scale)        to the nearest, ties to even, in the format's own grid
 
-So every KV head has its own scale, nothing needs calibrating, an outlier costs precision only where it stands, and what
-is stored of a token depends on nothing but the token: prefix blocks can be shared and prompts be cut anywhere. A scale
-adds 4 bytes to head_dim bytes. fp8_e4m3 is the OCP 8-bit format (4 exponent and 3 mantissa bits, no infinities:
-Micikevicius et al. 2022, arXiv:2209.05433).
+So nothing needs calibrating, an outlier costs precision only where it stands, and what is stored of a token depends on
+nothing but the token: prefix blocks can be shared and prompts be cut anywhere. A scale adds 4 bytes to head_dim bytes.
+fp8_e4m3 is the OCP 8-bit format (4 exponent and 3 mantissa bits, no infinities: Micikevicius et al. 2022,
+arXiv:2209.05433).
+
+fp8_e4m3_head has the same codes with one scale for all keys of a layer and KV head, and one for all its values, fixed
+before the first token (`kv_scales.py` says where they come from). Numbers beyond 448 scales become the largest code.
+What is stored still depends on the token alone, nothing lies beside the codes, and FlashAttention 3 can multiply them.
 """
 
 from __future__ import annotations
@@ -23,13 +27,14 @@ from torch import Tensor
 from replicas.engine.host_memory import host_zeros
 from replicas.protocol import ConfigError
 
-NAMES = ("auto", "fp8_e4m3", "int8")
+NAMES = ("auto", "fp8_e4m3", "fp8_e4m3_head", "int8")
 _SMALLEST_SCALE = 2.0**-120  # a vector of denormals must not be divided by zero
 
 
 @dataclass(frozen=True, slots=True)
 class KVFormat:
     """name: part of every prefix hash. dtype: of what is stored. largest: greatest code, None: there are no scales.
+    per_head: scales are given, one a KV head, and not taken from each vector.
 
     8-bit codes are stored as int8, whatever they mean: torch cannot index float8 tensors everywhere.
     """
@@ -37,21 +42,35 @@ class KVFormat:
     name: str
     dtype: torch.dtype
     largest: float | None = None
+    per_head: bool = False
 
     @property
     def scaled(self) -> bool:
         return self.largest is not None
 
     def bytes_per_vector(self, head_dim: int) -> int:
-        return head_dim * self.dtype.itemsize + (4 if self.scaled else 0)
+        return head_dim * self.dtype.itemsize + (4 if self.scaled and not self.per_head else 0)
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [..., D] -> codes int8 [..., D] and scales float32 [...]."""
+    def scales_for(self, largest: Tensor) -> Tensor:
+        """The scales, float32, with which numbers up to `largest` become codes up to the greatest."""
         assert self.largest is not None, f"{self.name} has no scales"
+        scales = largest.float() / self.largest
+        return torch.where(scales == 0, 1.0, scales.clamp_min(_SMALLEST_SCALE))
+
+    def encode(self, x: Tensor, scales: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x [..., D] -> codes int8 [..., D] and their scales float32 [...].
+
+        scales: to round with, of a shape that broadcasts to x's without its last dimension; numbers beyond their range
+        become the greatest code. None: each vector's own, for formats that keep those.
+        """
+        assert self.largest is not None, f"{self.name} has no scales"
+        assert self.per_head == (scales is not None), f"{self.name} rounds with other scales than it was given"
         wide = x.float()
-        scales = wide.abs().amax(dim=-1) / self.largest
-        scales = torch.where(scales == 0, 1.0, scales.clamp_min(_SMALLEST_SCALE))
-        codes = wide / scales.unsqueeze(-1)
+        if scales is None:
+            scales = self.scales_for(wide.abs().amax(dim=-1))
+            codes = wide / scales.unsqueeze(-1)
+        else:
+            codes = (wide / scales.unsqueeze(-1)).clamp(-self.largest, self.largest)
         if self.name == "int8":
             return codes.round().to(torch.int8), scales
         return codes.to(torch.float8_e4m3fn).view(torch.int8), scales
@@ -75,6 +94,8 @@ def choose_kv_format(name: str, dtype: torch.dtype) -> KVFormat:
         return KVFormat("int8", torch.int8, 127.0)
     if name == "fp8_e4m3":
         return KVFormat("fp8_e4m3", torch.int8, 448.0)
+    if name == "fp8_e4m3_head":
+        return KVFormat("fp8_e4m3_head", torch.int8, 448.0, per_head=True)
     raise ConfigError(f"kv_cache_dtype {name!r} is not supported; use {', '.join(NAMES)}", param="kv_cache_dtype")
 
 
@@ -83,7 +104,8 @@ class LayerCache:
     """One layer's keys and values, each [num_blocks, block_size, num_kv_heads, head_dim].
 
     format None: stored in the tensors' own type. Scaled formats come with key_scales and value_scales, each float32
-    [num_blocks, block_size, num_kv_heads].
+    [num_blocks, block_size, num_kv_heads]; where there is one a head, that is the same num_kv_heads numbers with
+    strides of 0, which kernels that are given strides read as any others.
     """
 
     keys: Tensor
@@ -103,8 +125,11 @@ class LayerCache:
         for stored, scales, x in ((self.keys, self.key_scales, k), (self.values, self.value_scales, v)):
             if scales is None:
                 stored[where] = x.to(stored.dtype)
+                continue
+            assert self.format is not None, "scales without a format"
+            if self.format.per_head:
+                stored[where], _ = self.format.encode(x, scales[0, 0])
             else:
-                assert self.format is not None, "scales without a format"
                 stored[where], scales[where] = self.format.encode(x)
 
     def read(self, blocks: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -122,7 +147,7 @@ class LayerCache:
 @dataclass(frozen=True, slots=True)
 class KVTensors:
     """Keys and values of all layers: data [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim], and scales
-    of the same shape without the last dimension where the format has them. Block by block, in any memory layout.
+    of the same shape without the last dimension where each vector has one. Block by block, in any memory layout.
 
     layers: the same memory, as each layer's attention sees it.
     """
@@ -151,8 +176,9 @@ def allocate_kv(
     head_dim: int,
     kv: KVFormat,
     device: torch.device,
+    scales: Tensor | None = None,
 ) -> KVTensors:
-    """Zeroed keys and values of every layer.
+    """Zeroed keys and values of every layer. scales: float32 [num_layers, 2, num_kv_heads] for formats with one a head.
 
     On a CPU all layers of one block lie together, so that memory is taken from the system in proportion to the blocks
     that were ever used; on a GPU, where all of it is taken at once, each layer's cache is contiguous.
@@ -168,6 +194,12 @@ def allocate_kv(
     data = pool(kv.dtype, block_size, num_kv_heads, head_dim)
     if not kv.scaled:
         return KVTensors(data, None, [LayerCache(data[:, i, 0], data[:, i, 1]) for i in range(num_layers)])
-    scales = pool(torch.float32, block_size, num_kv_heads)
-    layers = [LayerCache(data[:, i, 0], data[:, i, 1], kv, scales[:, i, 0], scales[:, i, 1]) for i in range(num_layers)]
-    return KVTensors(data, scales, layers)
+    assert kv.per_head == (scales is not None), f"{kv.name} needs other scales than it was given"
+    if scales is None:
+        own = each = pool(torch.float32, block_size, num_kv_heads)
+    else:
+        assert scales.shape == (num_layers, 2, num_kv_heads), f"{tuple(scales.shape)} scales for every KV head"
+        fixed = scales.to(device, torch.float32).contiguous()
+        own, each = None, fixed.view(num_layers, 2, 1, num_kv_heads).expand(num_blocks, -1, -1, block_size, -1)
+    layers = [LayerCache(data[:, i, 0], data[:, i, 1], kv, each[:, i, 0], each[:, i, 1]) for i in range(num_layers)]
+    return KVTensors(data, own, layers)

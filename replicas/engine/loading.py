@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from replicas.engine.attention import choose_attention, obstacles
 from replicas.engine.backend import reason
 from replicas.engine.config import EngineConfig
 from replicas.engine.kv_format import KVFormat, KVTensors, allocate_kv, choose_kv_format
+from replicas.engine.kv_scales import choose_kv_scales
 from replicas.engine.model import Decoder
 from replicas.engine.model_config import ModelConfig
 from replicas.engine.ops import choose_ops
@@ -30,6 +32,7 @@ _CPU_BUDGET, _CUDA_BUDGET = 256, 2048
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
     """kv: how keys and values are stored; its name, kv_format, is part of every prefix hash.
+    kv_scales: float32 [layers, 2, KV heads] where the format has one for each.
 
     ops, attention: the backends' names. backends: the same with why they were taken, for logs and status.
     """
@@ -45,6 +48,7 @@ class Loaded:
     ops: str
     attention: str
     backends: str
+    kv_scales: Tensor | None = None
 
     @property
     def kv_format(self) -> str:
@@ -60,6 +64,7 @@ class Loaded:
             head_dim=self.decoder.head_dim,
             kv=self.kv,
             device=self.device,
+            scales=self.kv_scales,
         )
 
 
@@ -99,6 +104,7 @@ def load(config: EngineConfig, checkpoint: Checkpoint | None = None, tokenizer: 
         ops=ops.name,
         attention=attention.name,
         backends=backends,
+        kv_scales=choose_kv_scales(decoder, kv, checkpoint.kv_scales, budget),
     )
 
 

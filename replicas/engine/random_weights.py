@@ -90,6 +90,7 @@ class RandomCheckpoint:
     """
 
     gguf: GGUFFile | None = None
+    kv_scales: Tensor | None = None
     folder = Path()
 
     def __init__(

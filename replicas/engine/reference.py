@@ -19,18 +19,25 @@ from replicas.engine.weights import expected_tensors, open_checkpoint
 
 
 class Reference:
-    """One model; `load` opens what `open_checkpoint` opens. kv: rounds keys and values as its caches do."""
+    """One model; `load` opens what `open_checkpoint` opens. kv: rounds keys and values as its caches do, with kv_scales
+    [layers, 2, KV heads] where it takes any."""
 
-    def __init__(self, config: ModelConfig, weights: dict[str, Tensor], kv: KVFormat | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: dict[str, Tensor],
+        kv: KVFormat | None = None,
+        kv_scales: Tensor | None = None,
+    ) -> None:
         self.config = config
-        self._kv = kv
+        self._kv, self._kv_scales = kv, kv_scales
         self._weights = weights
 
     @classmethod
-    def load(cls, path: str | Path, kv: KVFormat | None = None) -> Reference:
+    def load(cls, path: str | Path, kv: KVFormat | None = None, kv_scales: Tensor | None = None) -> Reference:
         checkpoint = open_checkpoint(path)
         names = expected_tensors(checkpoint.config)
-        return cls(checkpoint.config, {name: checkpoint.tensor(name).float() for name in names}, kv)
+        return cls(checkpoint.config, {name: checkpoint.tensor(name).float() for name in names}, kv, kv_scales)
 
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int]) -> Tensor:
@@ -74,8 +81,7 @@ class Reference:
             q, k = self._norm(q, prefix + "q_norm"), self._norm(k, prefix + "k_norm")
         angles = torch.arange(length).unsqueeze(1) * rotary_frequencies(self.config)
         q, k = _rotate(q, angles), _rotate(k, angles)
-        if self._kv is not None:
-            k, v = self._kv.decode(*self._kv.encode(k)), self._kv.decode(*self._kv.encode(v))
+        k, v = self._stored(k, layer, 0), self._stored(v, layer, 1)
         visible = torch.ones(length, length, dtype=torch.bool).tril()
         if window is not None:
             visible &= ~torch.ones(length, length, dtype=torch.bool).tril(-window)
@@ -85,6 +91,13 @@ class Reference:
             scores = q[:, head] @ k[:, kv_head].T / math.sqrt(head_dim)
             heads.append(scores.masked_fill(~visible, -math.inf).softmax(dim=-1) @ v[:, kv_head])
         return self._linear(torch.cat(heads, dim=-1), prefix + "o_proj")
+
+    def _stored(self, x: Tensor, layer: int, which: int) -> Tensor:
+        """Keys (which 0) or values (1) as a cache gives them back."""
+        if self._kv is None:
+            return x
+        scales = None if self._kv_scales is None else self._kv_scales[layer, which]
+        return self._kv.decode(*self._kv.encode(x, scales))
 
 
 def _rotate(x: Tensor, angles: Tensor) -> Tensor:

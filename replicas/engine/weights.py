@@ -22,6 +22,7 @@ from torch import Tensor
 from replicas.engine.gguf_file import GGUFFile
 from replicas.engine.model_config import ModelConfig, config_from_gguf, config_from_hf
 from replicas.engine.quantized.gguf_blocks import KEPT
+from replicas.engine.quantized.kv_scales import is_kv_scale, stored_kv_scales
 from replicas.engine.quantized.stored import Held, StoredMatrices, weight_format
 from replicas.engine.quantized.weight import QuantizedWeight
 from replicas.protocol import ConfigError
@@ -34,6 +35,7 @@ class Checkpoint(Protocol):
 
     folder: where tokenizer files may lie. gguf: the GGUF file if it is one. revision: short hash identifying the
     weights. quantization: what matrices are stored in (a quant_method, or "gguf"), None if all are plain floats.
+    kv_scales: float32 [layers, 2, KV heads] for keys and values in e4m3, None if it brings none.
     """
 
     folder: Path
@@ -41,6 +43,7 @@ class Checkpoint(Protocol):
     revision: str
     gguf: GGUFFile | None
     quantization: str | None
+    kv_scales: Tensor | None
 
     def tensor(self, name: str) -> Tensor:
         """A tensor of `expected_tensors` on CPU, perhaps a view of a mapped file: as stored where that is a float type
@@ -125,6 +128,7 @@ class SafetensorsCheckpoint:
             None if form is None else StoredMatrices(form, linear_matrices(self.config), self._held, all_files)
         )
         self._check(all_files)
+        self.kv_scales = stored_kv_scales(self.config, self._held, all_files, self._raw)
         self.revision = fingerprint([folder / "config.json", *files])
 
     def tensor(self, name: str) -> Tensor:
@@ -159,10 +163,12 @@ class SafetensorsCheckpoint:
                 )
 
     def _is_known(self, name: str) -> bool:
-        """Whether the format of quantised matrices accounts for this tensor.
+        """Whether the format of quantised matrices, or of 8-bit keys and values, accounts for this tensor.
 
         AutoGPTQ writes a bias with every layer it packs, zeros where the model has none.
         """
+        if is_kv_scale(name, self.config.num_layers):
+            return True
         if self._quantized is None:
             return False
         module = name.removesuffix(".bias")
@@ -172,6 +178,8 @@ class SafetensorsCheckpoint:
 
 class GGUFCheckpoint:
     """One GGUF file, its tensors under Hugging Face names and in Hugging Face row order."""
+
+    kv_scales: Tensor | None = None
 
     def __init__(self, path: Path) -> None:
         self.folder = path.parent

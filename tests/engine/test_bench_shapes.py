@@ -95,6 +95,8 @@ def test_what_an_engine_holds() -> None:
     int8 = bench.held_by(build_engine(arguments("--quant", "int8", "--kv-cache-dtype", "int8")).loaded)
     assert int8.weight_bytes < plain.weight_bytes / 1.5
     assert int8.kv_bytes == 2 * (config.kv_size + 4 * config.num_kv_heads)
+    by_head = bench.held_by(build_engine(arguments("--kv-cache-dtype", "fp8_e4m3_head")).loaded)
+    assert by_head.kv_bytes == 2 * config.kv_size
 
 
 def test_decode_shares_are_arithmetic() -> None:

@@ -32,7 +32,7 @@ from tests.engine.test_engine import GREEDY, drain, outputs, request
 CPU = torch.device("cpu")
 BLOCK_BYTES = 4 * 2 * 2 * 2 * 12 * 4  # tokens, layers, keys and values, KV heads, head size, float32
 TINY = {"num_blocks": 24, "max_model_len": 92, "watermark": 0.0, "fair_reserve": 0.0}
-FORMATS = ("auto", "int8", "fp8_e4m3")
+FORMATS = ("auto", "int8", "fp8_e4m3", "fp8_e4m3_head")
 
 
 def gib(blocks: int) -> float:
@@ -43,13 +43,6 @@ def conversations(seed: int, count: int, length: int = 56) -> list[list[int]]:
     """Prompts that share nothing: a pool of 24 blocks of 4 holds one and a half of them."""
     rng = random.Random(seed)
     return [[rng.randrange(256) for _ in range(length)] for _ in range(count)]
-
-
-@pytest.fixture(scope="module", params=FORMATS)
-def kept(request: pytest.FixtureRequest, tiny_model: Path) -> tuple[str, Reference]:
-    """A KV format, and a reference that rounds its cache the same way."""
-    name = request.param
-    return name, Reference.load(tiny_model, None if name == "auto" else choose_kv_format(name, torch.float32))
 
 
 MODES: dict[str, dict[str, Any]] = {
@@ -64,11 +57,11 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("mode", MODES)
 def test_greedy_output_is_the_oracles_when_prefixes_go_and_come_back(
-    mode: str, kept: tuple[str, Reference], make_engine: MakeEngine, tiny_model: Path, tmp_path: Path
+    mode: str, name: str, make_engine: MakeEngine, tiny_model: Path, tmp_path: Path
 ) -> None:
-    name, reference = kept
     given = {**TINY, **MODES[mode]}
     method = given.pop("method", None)
     if method is not None:
@@ -78,7 +71,8 @@ def test_greedy_output_is_the_oracles_when_prefixes_go_and_come_back(
         )
         given["num_blocks"] = 28
     engine = fetch_always(make_engine(kv_cache_dtype=name, host_cache_gib=gib(200), **given))
-    prompts = conversations(1, 5)
+    kv, prompts = engine.loaded.kv, conversations(1, 5)
+    reference = Reference.load(tiny_model, kv if kv.scaled else None, engine.loaded.kv_scales)
     wanted = [reference.generate(prompt, 12, ignore_eos=True) for prompt in prompts]
     for _ in range(3):
         chunks = drain(engine, [request(str(i), prompt) for i, prompt in enumerate(prompts)], every=3)
@@ -248,9 +242,9 @@ def test_impossible_sizes_are_refused_by_name(bad: dict[str, Any], why: str, mak
 
 def filled(name: str, blocks: int, *, strided: bool) -> KVTensors:
     """Random bits; `strided`: each layer contiguous, as on a GPU."""
-    kv = allocate_kv(
-        blocks, 4, num_layers=3, num_kv_heads=2, head_dim=8, kv=choose_kv_format(name, torch.float32), device=CPU
-    )
+    form = choose_kv_format(name, torch.float32)
+    scales = torch.ones(3, 2, 2) if form.per_head else None
+    kv = allocate_kv(blocks, 4, num_layers=3, num_kv_heads=2, head_dim=8, kv=form, device=CPU, scales=scales)
     if strided:
         kv = replace(kv, data=relaid(kv.data), scales=None if kv.scales is None else relaid(kv.scales))
     generator = torch.Generator().manual_seed(blocks)

@@ -8,10 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from replicas.engine import Engine, SamplingParams
 from replicas.engine.attention import Attention, LayerCache, TorchAttention
 from replicas.engine.batch import StepBatch
+from replicas.engine.bench import held_by
+from replicas.engine.evaluation import agreement
 from replicas.engine.kv_format import KVFormat, allocate_kv, choose_kv_format
 from replicas.engine.native.paged import NativeAttention
 from replicas.engine.offline import collect
@@ -21,6 +25,7 @@ from tests.engine.conftest import MakeEngine
 from tests.engine.native_builds import kernels, needs_compiler
 
 NAMES = ("int8", "fp8_e4m3")
+HEAD = "fp8_e4m3_head"
 E4M3 = np.array([m / 8 * 2.0**-6 if e == 0 else (1 + m / 8) * 2.0 ** (e - 7) for e in range(16) for m in range(8)][:-1])
 
 
@@ -66,6 +71,40 @@ def test_no_vector_becomes_nan_and_zeros_stay_zeros(name: str) -> None:
     back = kv.decode(*kv.encode(vectors(16)))
     assert back.isfinite().all()
     assert not back[0].any()
+
+
+@settings(max_examples=25, deadline=None)
+@given(exponents=st.lists(st.integers(-40, 40), min_size=2, max_size=2), seed=st.integers(0, 99))
+def test_given_scales_round_to_the_nearest_and_numbers_beyond_them_saturate(exponents: list[int], seed: int) -> None:
+    kv, x = eight_bits(HEAD), vectors(32, seed)
+    scales = torch.tensor([1.3 * 2.0**exponent for exponent in exponents])
+    codes, same = kv.encode(x, scales)
+    assert same is scales
+    back = kv.decode(codes, scales).double().numpy()
+    quotients = (x / scales.view(2, 1)).double().numpy().clip(-448, 448)
+    distance = np.abs(np.abs(quotients)[..., None] - E4M3).min(-1)
+    units = back / scales.view(2, 1).double().numpy()
+    np.testing.assert_allclose(np.abs(units - quotients), distance, atol=1e-4, rtol=1e-6)
+    assert (np.sign(units) * np.sign(quotients) >= 0).all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(tokens=st.integers(1, 30), block_size=st.sampled_from([1, 4, 16]), seed=st.integers(0, 99))
+def test_a_cache_with_a_scale_a_head_gives_back_what_was_written(tokens: int, block_size: int, seed: int) -> None:
+    kv, generator = eight_bits(HEAD), torch.Generator().manual_seed(seed)
+    scales = torch.rand(3, 2, 2, generator=generator) / 100 + 1e-4
+    shape = {"num_layers": 3, "num_kv_heads": 2, "head_dim": 8}
+    made = allocate_kv(31 // block_size + 2, block_size, **shape, kv=kv, device=torch.device("cpu"), scales=scales)
+    [data] = made.tensors
+    assert data is made.data, "copies of blocks carry nothing but codes"
+    k, v = torch.randn(2, tokens, 2, 8, generator=generator)
+    blocks = torch.randperm(31 // block_size + 2, generator=generator)
+    places = torch.arange(tokens)
+    for layer, cache in enumerate(made.layers):
+        cache.write(blocks[places // block_size] * block_size + places % block_size, k, v)
+        read_k, read_v = cache.read(blocks[: -(-tokens // block_size)], tokens, torch.float32)
+        assert torch.equal(read_k, kv.decode(*kv.encode(k, scales[layer, 0])))
+        assert torch.equal(read_v, kv.decode(*kv.encode(v, scales[layer, 1])))
 
 
 # ---------------------------------------------------------------- attention
@@ -172,11 +211,6 @@ def test_a_row_does_not_depend_on_its_batch(name: str) -> None:
 # ---------------------------------------------------------------- engines
 
 
-@pytest.fixture(scope="module", params=NAMES)
-def rounding(request: pytest.FixtureRequest, tiny_model: Path) -> tuple[str, Reference]:
-    return request.param, Reference.load(tiny_model, eight_bits(request.param))
-
-
 def prompts(count: int) -> list[list[int]]:
     rng = random.Random(3)
     shared = [rng.randrange(256) for _ in range(20)]
@@ -185,9 +219,15 @@ def prompts(count: int) -> list[list[int]]:
     ]
 
 
-@pytest.mark.parametrize("attention", ["torch", pytest.param("native", marks=needs_compiler)])
 @pytest.mark.parametrize(
-    "settings",
+    ("name", "attention"),
+    [
+        *((name, "torch") for name in (*NAMES, HEAD)),
+        *(pytest.param(name, "native", marks=needs_compiler) for name in NAMES),
+    ],
+)
+@pytest.mark.parametrize(
+    "changes",
     [
         {},
         {"max_num_batched_tokens": 7},
@@ -197,18 +237,18 @@ def prompts(count: int) -> list[list[int]]:
     ids=["batched", "chunked", "preempted", "uncached"],
 )
 def test_greedy_output_is_that_of_a_reference_that_rounds_its_cache(
-    make_engine: MakeEngine, rounding: tuple[str, Reference], settings: dict[str, int], attention: str
+    make_engine: MakeEngine, tiny_model: Path, name: str, changes: dict[str, int], attention: str
 ) -> None:
-    name, reference = rounding
-    engine: Engine = make_engine(kv_cache_dtype=name, attention=attention, **settings)
+    engine: Engine = make_engine(kv_cache_dtype=name, attention=attention, **changes)
+    reference = Reference.load(tiny_model, eight_bits(name), engine.loaded.kv_scales)
     asked = prompts(8)
     params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
     for _ in range(2):  # the second time from the cache
         answers = [list(one.outputs[0].token_ids) for one in collect(engine, asked, params)]
         assert answers == [reference.generate(prompt, 12, ignore_eos=True) for prompt in asked]
     stats = engine.stats()
-    assert (stats.num_preemptions > 0) == ("num_blocks" in settings)
-    assert (stats.prefix_cache_hits > 0) == ("enable_prefix_caching" not in settings)
+    assert (stats.num_preemptions > 0) == ("num_blocks" in changes)
+    assert (stats.prefix_cache_hits > 0) == ("enable_prefix_caching" not in changes)
 
 
 def test_eight_bits_hold_more_blocks_in_the_same_memory(make_engine: MakeEngine) -> None:
@@ -219,7 +259,34 @@ def test_eight_bits_hold_more_blocks_in_the_same_memory(make_engine: MakeEngine)
     assert small.pool.num_blocks == pytest.approx(plain.pool.num_blocks * 4 * 12 / (12 + 4), rel=0.01)
 
 
+def test_a_scale_a_head_holds_exactly_twice_the_tokens_of_16_bits(make_engine: MakeEngine) -> None:
+    wanted = {"dtype": "bfloat16", "num_blocks": None, "max_num_seqs": 1000}
+    bytes_of_100 = 100 * 4 * 2 * 2 * 2 * 12 * 2  # blocks of 4 tokens, layers, keys and values, KV heads, head size
+    plain, small = (
+        make_engine(kv_cache_dtype=name, kv_memory_gib=bytes_of_100 / 2**30, **wanted) for name in ("auto", HEAD)
+    )
+    assert (plain.pool.num_blocks, small.pool.num_blocks) == (100, 200)
+    assert held_by(small.loaded).kv_bytes * 2 == held_by(plain.loaded).kv_bytes
+
+
+def test_a_scale_a_head_stays_near_the_unrounded_model(make_engine: MakeEngine, oracle: Reference) -> None:
+    """About as near as a scale a token does: both round to 3 bits of mantissa."""
+    asked = prompts(24)
+    texts = [([*prompt, *oracle.generate(prompt, 16, ignore_eos=True)], len(prompt)) for prompt in asked]
+    same, judged = agreement(make_engine(kv_cache_dtype=HEAD).loaded, texts)
+    by_token, _ = agreement(make_engine(kv_cache_dtype="fp8_e4m3").loaded, texts)
+    assert same > 0.7 * judged
+    assert same > by_token - 0.12 * judged
+
+
+def test_the_kernels_of_a_cpu_refuse_a_scale_a_head_by_name(make_engine: MakeEngine) -> None:
+    with pytest.raises(ConfigError, match=r"'native' cannot be used here: .*kv_cache_dtype fp8_e4m3_head has none"):
+        make_engine(kv_cache_dtype=HEAD, attention="native", dtype="float32")
+    assert make_engine(kv_cache_dtype=HEAD).loaded.attention == "torch"
+
+
 def test_formats_do_not_share_prefixes_and_unknown_ones_are_refused_by_name(make_engine: MakeEngine) -> None:
     assert make_engine(kv_cache_dtype="int8").card.kv_format == "int8"
+    assert make_engine(kv_cache_dtype=HEAD).card.kv_format == HEAD
     with pytest.raises(ConfigError, match="int4"):
         make_engine(kv_cache_dtype="int4")

@@ -55,6 +55,7 @@ class Dequantised:
         self.config: ModelConfig = checkpoint.config
         self.revision: str = checkpoint.revision
         self.gguf: GGUFFile | None = checkpoint.gguf
+        self.kv_scales: Tensor | None = checkpoint.kv_scales
 
     def tensor(self, name: str) -> Tensor:
         return self._of.tensor(name)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from replicas.engine.quantized.kv_scales import check_scheme
 from replicas.engine.quantized.packing import unpack, words_for
 from replicas.engine.quantized.settings import FLOATS, Malformed, Need, Settings, finite, whole_groups
 from replicas.engine.quantized.weight import QuantizedWeight, sort_by_group
@@ -38,7 +39,7 @@ def parse(settings: Settings) -> Compressed:
     if not schemes:
         raise settings.refusal("config_groups", {}, "it must state how weights are stored")
     if "kv_cache_scheme" in settings:
-        raise settings.refusal("kv_cache_scheme", settings.get("kv_cache_scheme"), "use the setting kv_cache_dtype")
+        check_scheme(settings.inner("kv_cache_scheme"))
     _no_rotations_at_run_time(settings)
     return Compressed(tuple(schemes), min(scheme.bits for scheme in schemes))
 

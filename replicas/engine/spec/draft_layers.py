@@ -90,6 +90,7 @@ class DraftCheckpoint:
 
     gguf: GGUFFile | None = None
     quantization: str | None = None
+    kv_scales: Tensor | None = None
 
     def __init__(
         self, folder: Path, target: ModelConfig, revision: str, *, any_revision: bool, codes: bool = False

@@ -1,14 +1,18 @@
-"""Keys and values into a paged cache in one kernel, with or without rotary embeddings on the way."""
+"""Keys and values into a paged cache in one kernel, with or without rotary embeddings on the way; queries in 8 bits."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from replicas.engine import rounded_queries
+from replicas.engine.batch import StepBatch
 from replicas.engine.kv_format import LayerCache
 from replicas.engine.triton.device import next_power_of_2
 
 _TILE = 512  # numbers of one half of the heads that a program takes
-_CODES = {"int8": 1, "fp8_e4m3": 2}
+_WIDEST_QUERIES = 64  # (token, query head) pairs of one sequence and KV head that a program takes
+_CODES = {"int8": 1, "fp8_e4m3": 2, "fp8_e4m3_head": 2}
 
 
 def code_of(cache: LayerCache) -> int:
@@ -26,6 +30,30 @@ def rope_and_write(
 ) -> None:
     """Rotate q [T, Hq, D] in place (`Ops.rope`) and write rotated k and v [T, Hk, D] to the cache; k itself stays."""
     _launch(q, k, v, cos_sin, positions, slots, cache)
+
+
+def round_queries(q: Tensor, batch: StepBatch, kv_heads: int) -> tuple[Tensor, Tensor]:
+    """`rounded_queries.round_queries`, the same bits, in one kernel where every sequence brings few tokens."""
+    from replicas.engine.triton.kernels.cache import round_queries as kernel
+
+    group, dim = q.shape[1] // kv_heads, q.shape[2]
+    rows = next_power_of_2(group * batch.max_query_len)
+    if rows > _WIDEST_QUERIES:
+        return rounded_queries.round_queries(q, batch, kv_heads)
+    assert q.stride(2) == 1, "the last dimension of q must be contiguous"
+    # Zeros: rows of padding that no sequence owns are read as any others.
+    codes = torch.zeros(q.shape, dtype=torch.int8, device=q.device)
+    scales = torch.empty(len(batch.context_lens), kv_heads, device=q.device)
+    kernel[(len(batch.context_lens), kv_heads)](
+        *(q, codes, scales, batch.query_start, q.stride(0), q.stride(1)),
+        LARGEST=448.0,
+        GROUP=group,
+        ROWS=rows,
+        HEAD_DIM=dim,
+        BLOCK_D=next_power_of_2(dim),
+        num_warps=4,
+    )
+    return codes.view(torch.float8_e4m3fn), scales
 
 
 def _launch(
@@ -63,6 +91,7 @@ def _launch(
         *((0, 0) if scales is None else (scales.stride(0), scales.stride(1))),
         ROTATE=rotate,
         CODE=code_of(cache),
+        FIXED=cache.format is not None and cache.format.per_head,
         LARGEST=1.0 if cache.format is None else cache.format.largest or 1.0,
         BLOCK_SIZE=cache.keys.shape[1],
         HALF_DIM=dim // 2,

@@ -11,7 +11,7 @@ from replicas.engine.batch import StepBatch
 from replicas.engine.kv_format import LayerCache, allocate_kv, choose_kv_format
 from replicas.engine.quantized.weight import QuantizedWeight
 from replicas.engine.triton.attention import TritonAttention
-from replicas.engine.triton.cache import rope_and_write
+from replicas.engine.triton.cache import rope_and_write, round_queries
 from replicas.engine.triton.linear import VARIANTS, TritonLinear
 from replicas.engine.triton.ops import TritonOps
 from replicas.engine.triton.quant import TritonQuantizedLinear
@@ -47,14 +47,16 @@ class AttentionCase:
         """Every sequence's past is in it, as fresh normal numbers."""
         generator = torch.Generator(device).manual_seed(seed)
         blocks = sum(-(-context // self.block_size) for _, context in self.sequences) + 1
+        kv = choose_kv_format(self.kv, self.dtype)
         [cache] = allocate_kv(
             blocks,
             self.block_size,
             num_layers=1,
             num_kv_heads=self.kv_heads,
             head_dim=self.dim,
-            kv=choose_kv_format(self.kv, self.dtype),
+            kv=kv,
             device=device,
+            scales=torch.full((1, 2, self.kv_heads), 0.01, device=device) if kv.per_head else None,  # up to 4.48
         ).layers
         everything = torch.arange(blocks * self.block_size, device=device)
         k, v = torch.randn(
@@ -97,6 +99,8 @@ ATTENTION = (
     AttentionCase(name="llama-3-8b decode int8", kv="int8"),
     AttentionCase(name="llama-3-8b decode fp8", kv="fp8_e4m3"),
     AttentionCase(name="llama-3-8b prefill fp8", kv="fp8_e4m3", sequences=_MIXED),
+    AttentionCase(name="llama-3-8b decode fp8, a scale a head", kv="fp8_e4m3_head"),
+    AttentionCase(name="llama-3-8b prefill fp8, a scale a head", kv="fp8_e4m3_head", sequences=_MIXED),
     AttentionCase(name="llama-3-8b verify", sequences=((5, 700), (5, 40))),
     AttentionCase(name="llama-3-70b decode", q_heads=64),
     AttentionCase(name="mistral windows", window=256, sequences=_MIXED),
@@ -197,9 +201,10 @@ def small_launches(device: torch.device, models: Sequence[tuple[torch.dtype, int
         q, k = (torch.ones(3, n, dim, dtype=dtype, device=device) for n in (heads, kv_heads))
         cos_sin, positions = torch.ones(8, dim, device=device), torch.arange(3, device=device)
         ops.rope(q, k, cos_sin, positions)
-        for kv in ("auto", "fp8_e4m3"):
+        for kv in ("auto", "fp8_e4m3", "fp8_e4m3_head"):
             case = AttentionCase(name="", kv_heads=kv_heads, dim=dim, dtype=dtype, kv=kv, sequences=((3, 16),))
             rope_and_write(q, k, k, cos_sin, positions, positions, case.cache(device))
+        round_queries(q, case.batch(device), kv_heads)
         yield f"small operations, {str(dtype).removeprefix('torch.')}"
 
 

@@ -77,7 +77,11 @@ class Case:
     def cache(self) -> LayerCache:
         """With every sequence's past in it."""
         shape = (self.num_blocks, self.block_size, self.kv_heads)
-        if self.format.scaled:
+        if self.format.per_head:  # some scales are so small that numbers saturate
+            codes = [torch.full((*shape, self.dim), 127, dtype=torch.int8) for _ in range(2)]
+            fixed = torch.rand(2, self.kv_heads, generator=torch.Generator().manual_seed(self.seed)) * 0.02 + 0.002
+            cache = LayerCache(codes[0], codes[1], self.format, *(each.expand(shape) for each in fixed))
+        elif self.format.scaled:
             codes = [torch.full((*shape, self.dim), 127, dtype=torch.int8) for _ in range(2)]
             scales = [torch.full(shape, math.nan) for _ in range(2)]
             cache = LayerCache(codes[0], codes[1], self.format, scales[0], scales[1])
@@ -115,7 +119,7 @@ class Case:
 sequences = st.integers(1, 70).flatmap(
     lambda c: st.tuples(st.integers(1, min(c, 40)) | st.integers(1, min(c, 5)), st.just(c))
 )
-formats = st.sampled_from(["auto", "auto", "int8", "fp8_e4m3"])
+formats = st.sampled_from(["auto", "auto", "int8", "fp8_e4m3", "fp8_e4m3_head", "fp8_e4m3_head"])
 dtypes = st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16])
 
 
@@ -202,6 +206,31 @@ def test_codes_and_scales_are_the_formats_own(name: str) -> None:
     wanted.write(slots, x, -x)
     for field_name in ("keys", "values", "key_scales", "value_scales"):
         assert torch.equal(getattr(mine, field_name), getattr(wanted, field_name)), field_name
+
+
+def test_given_scales_are_used_and_left_as_they_are() -> None:
+    """Bit for bit, as the format rounds, beyond the range of the scales and far below it."""
+    kv = choose_kv_format("fp8_e4m3_head", torch.float32)
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(40, 3, 32, generator=generator) * 10.0 ** torch.randint(-9, 5, (40, 3, 32), generator=generator)
+    x[0], x[1] = 0.0, 1e-40
+    x[2] = torch.arange(96).view(3, 32) * 0.046875
+    scales = torch.tensor([[1e-3, 0.01, 7.0], [2.0**-10, 1.0, 1e-30]])
+    mine, wanted = (
+        LayerCache(
+            *(torch.zeros(4, 16, 3, 32, dtype=torch.int8) for _ in range(2)),
+            kv,
+            *(each.clone().expand(4, 16, 3) for each in scales),
+        )
+        for _ in range(2)
+    )
+    slots = torch.randperm(64, generator=generator)[:40]
+    write_cache(mine, slots, x, -x)
+    wanted.write(slots, x, -x)
+    assert torch.equal(mine.keys, wanted.keys)
+    assert torch.equal(mine.values, wanted.values)
+    assert torch.equal(mine.key_scales, scales[0].expand(4, 16, 3))  # type: ignore[arg-type]
+    assert (mine.keys.view(torch.float8_e4m3fn).float().abs() == 448).any(), "nothing saturated"
 
 
 def test_a_block_size_that_is_no_power_of_two_is_an_obstacle() -> None:

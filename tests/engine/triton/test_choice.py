@@ -5,17 +5,19 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-from replicas.engine import attention, flash
+from replicas.engine import SamplingParams, attention, flash
 from replicas.engine.backend import pick, reason
 from replicas.engine.flash import Flash, FlashAttention, Wanted
 from replicas.engine.kv_format import choose_kv_format
 from replicas.engine.ops import choose_ops
+from replicas.engine.reference import Reference
 from replicas.engine.triton import device as triton_device
 from replicas.protocol import ConfigError
 from tests.engine.conftest import MakeEngine
@@ -23,6 +25,7 @@ from tests.engine.triton.test_attention import Case
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 HALF = torch.bfloat16
+HEAD = choose_kv_format("fp8_e4m3_head", HALF)
 
 
 def want(**changes: Any) -> Wanted:
@@ -34,6 +37,7 @@ def test_flash_attention_serves_what_it_can() -> None:
     assert flash.obstacle(Flash(2, "2.8.3"), want()) == ""
     assert flash.obstacle(Flash(2, "2.8.3"), want(capability=(8, 0), block_size=512)) == ""
     assert flash.obstacle(Flash(3, "3.0.0"), want(block_size=16)) == ""
+    assert flash.obstacle(Flash(3, "3.0.0"), want(block_size=16, kv=HEAD)) == ""
 
 
 @pytest.mark.parametrize(
@@ -45,6 +49,9 @@ def test_flash_attention_serves_what_it_can() -> None:
         (Flash(2, "2.8.3"), {"head_dim": 288}, "not 288"),
         (Flash(2, "2.8.3"), {"head_dim": 20}, "not 20"),
         (Flash(3, "3.0.0"), {"kv": choose_kv_format("fp8_e4m3", HALF)}, "kv_cache_dtype fp8_e4m3"),
+        (Flash(3, "3.0.0"), {"kv": HEAD, "head_dim": 72}, "multiples of 16 in FP8, not 72"),
+        (Flash(3, "3.0.0"), {"kv": HEAD, "capability": (8, 9)}, "runs on compute capability 9"),
+        (Flash(2, "2.8.3"), {"kv": HEAD}, "takes no 8-bit keys and values, which kv_cache_dtype fp8_e4m3_head keeps"),
         (Flash(2, "2.8.3"), {"block_size": 16}, "multiple of 256, not 16"),
         (Flash(2, "2.5.9"), {}, "2.5.9 is older than 2.6"),
         (Flash(2, "2.8.3"), {"capability": (7, 5)}, "needs compute capability 8"),
@@ -96,6 +103,9 @@ def test_a_gpu_prefers_flash_attention_then_triton(monkeypatch: pytest.MonkeyPat
     fp8 = attention.obstacles(CUDA, HALF, 128, choose_kv_format("fp8_e4m3", HALF))
     assert "scale of each token" in fp8["flash_attn"]
     assert fp8["triton"] == ""
+    by_head = attention.obstacles(CUDA, HALF, 128, HEAD)
+    assert by_head["flash_attn"] == by_head["triton"] == ""
+    assert "kv_cache_dtype fp8_e4m3_head has none" in attention.obstacles(CPU, torch.float32, 64, HEAD)["native"]
     assert "power of two" in attention.obstacles(CUDA, HALF, 128, block_size=24)["triton"]
 
 
@@ -160,3 +170,16 @@ def test_an_engine_tells_what_it_runs_on(make_engine: MakeEngine) -> None:
     assert make_engine(attention="triton").card.backends.startswith("attention triton (asked for), ops ")
     with pytest.raises(ConfigError, match="'flash_attn' cannot be used here: neither flash_attn_interface"):
         make_engine(attention="flash_attn")
+
+
+@pytest.mark.parametrize("graphs", ["off", "eager"])
+def test_an_engine_on_the_kernels_rounds_as_the_reference_does(
+    graphs: str, make_engine: MakeEngine, tiny_model: Path
+) -> None:
+    """With one scale a head: prompts, decodes and, with graphs, padding."""
+    engine = make_engine(attention="triton", kv_cache_dtype=HEAD.name, step_graphs=graphs, max_model_len=40)
+    reference = Reference.load(tiny_model, engine.loaded.kv, engine.loaded.kv_scales)
+    asked = [list(range(40, 40 + length)) for length in (3, 17, 30)]
+    done = engine.generate(asked, SamplingParams(max_tokens=6, temperature=0, ignore_eos=True))
+    answers = [list(one.outputs[0].token_ids) for one in done]
+    assert answers == [reference.generate(prompt, 6, ignore_eos=True) for prompt in asked]

@@ -56,7 +56,7 @@ def test_silu_mul(tokens: int, width: int, dtype: torch.dtype) -> None:
     heads=st.sampled_from([(3, 1), (6, 2), (9, 3)]),
     dim=st.sampled_from([64, 80, 6, 128]),
     dtype=DTYPES,
-    kv=st.sampled_from(["auto", "int8", "fp8_e4m3"]),
+    kv=st.sampled_from(["auto", "int8", "fp8_e4m3", "fp8_e4m3_head"]),
 )
 def test_rope_alone_and_with_the_caches_write(
     tokens: int, heads: tuple[int, int], dim: int, dtype: torch.dtype, kv: str
@@ -99,6 +99,8 @@ def _empty_cache(kv_heads: int, dim: int, dtype: torch.dtype, kv: str) -> LayerC
         return LayerCache(torch.zeros(*shape, dim, dtype=dtype), torch.zeros(*shape, dim, dtype=dtype))
     codes = [torch.zeros(*shape, dim, dtype=torch.int8) for _ in range(2)]
     scales = [torch.ones(shape) for _ in range(2)]
+    if kv_format.per_head:
+        scales = [torch.full((kv_heads,), 0.01).expand(shape) for _ in range(2)]
     return LayerCache(codes[0], codes[1], kv_format, scales[0], scales[1])
 
 

@@ -10,9 +10,22 @@ from triton.language import math as tlm
 
 
 @triton.jit
-def _encode(x, scales, CODE: tl.constexpr):
-    """Codes int8 of x float32 [HEADS, HALF] over scales [HEADS]: to the nearest, ties to even."""
+def _scale_for(largest, LARGEST: tl.constexpr):
+    """The scale with which magnitudes up to `largest` become codes up to LARGEST."""
+    scale = tlm.div_rn(largest, tl.zeros_like(largest) + LARGEST)
+    # 2^-120: a vector of denormals must not be divided by zero.
+    return tl.where(scale == 0.0, 1.0, tl.maximum(scale, 7.52316384526264e-37))
+
+
+@triton.jit
+def _encode(x, scales, CODE: tl.constexpr, SATURATE: tl.constexpr, LARGEST: tl.constexpr):
+    """Codes int8 of x float32 [HEADS, HALF] over scales [HEADS]: to the nearest, ties to even.
+
+    SATURATE: numbers beyond LARGEST scales become the greatest code; without it there must be none.
+    """
     y = tlm.div_rn(x, scales[:, None] + tl.zeros_like(x))
+    if SATURATE:
+        y = tl.minimum(tl.maximum(y, -LARGEST), LARGEST)
     if CODE == 1:
         # 1.5 * 2^23 has steps of 1: the addition rounds.
         return (y + 12582912.0 - 12582912.0).to(tl.int32).to(tl.int8)
@@ -44,12 +57,13 @@ def _store(
     scale_block_stride,
     scale_token_stride,
     CODE: tl.constexpr,
+    FIXED: tl.constexpr,
     LARGEST: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HALF_DIM: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """Two halves (float32 [HEADS, HALF]) of one token's heads to its slot."""
+    """Two halves (float32 [HEADS, HALF]) of one token's heads to its slot. FIXED: scales are there, none is written."""
     block = slot // BLOCK_SIZE
     offset = slot % BLOCK_SIZE
     dims = tl.arange(0, HALF)
@@ -58,15 +72,16 @@ def _store(
         tl.store(at, first.to(target.dtype.element_ty), mask=mask)
         tl.store(at + HALF_DIM, second.to(target.dtype.element_ty), mask=mask)
     else:
-        largest = tl.maximum(tl.max(tl.abs(first), axis=1), tl.max(tl.abs(second), axis=1))
-        scale = tlm.div_rn(largest, tl.zeros_like(largest) + LARGEST)
-        # 2^-120: a vector of denormals must not be divided by zero.
-        scale = tl.where(scale == 0.0, 1.0, tl.maximum(scale, 7.52316384526264e-37))
-        tl.store(at, _encode(first, scale, CODE), mask=mask)
-        tl.store(at + HALF_DIM, _encode(second, scale, CODE), mask=mask)
         # Of every row of the mask the first column is inside if the head is.
         there = tl.max(mask.to(tl.int32), axis=1) > 0
-        tl.store(scales + block * scale_block_stride + offset * scale_token_stride + heads, scale, mask=there)
+        scale_at = scales + block * scale_block_stride + offset * scale_token_stride + heads
+        if FIXED:
+            scale = tl.load(scale_at, mask=there, other=1.0)
+        else:
+            scale = _scale_for(tl.maximum(tl.max(tl.abs(first), axis=1), tl.max(tl.abs(second), axis=1)), LARGEST)
+            tl.store(scale_at, scale, mask=there)
+        tl.store(at, _encode(first, scale, CODE, FIXED, LARGEST), mask=mask)
+        tl.store(at + HALF_DIM, _encode(second, scale, CODE, FIXED, LARGEST), mask=mask)
 
 
 @triton.jit
@@ -97,6 +112,7 @@ def rope_and_write(
     scale_token_stride,
     ROTATE: tl.constexpr,
     CODE: tl.constexpr,
+    FIXED: tl.constexpr,
     LARGEST: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HALF_DIM: tl.constexpr,
@@ -141,7 +157,7 @@ def rope_and_write(
                 first = turned
             _store(
                 first, second, keys, key_scales, slot, heads, mask, key_block_stride, token_stride, head_stride,
-                scale_block_stride, scale_token_stride, CODE, LARGEST, BLOCK_SIZE, HALF_DIM, HALF,
+                scale_block_stride, scale_token_stride, CODE, FIXED, LARGEST, BLOCK_SIZE, HALF_DIM, HALF,
             )  # fmt: skip
         else:
             heads = (part - q_parts - kv_parts) * HEADS + tl.arange(0, HEADS)
@@ -151,5 +167,41 @@ def rope_and_write(
             second = tl.load(at + HALF_DIM, mask=mask, other=0.0).to(tl.float32)
             _store(
                 first, second, values, value_scales, slot, heads, mask, value_block_stride, token_stride, head_stride,
-                scale_block_stride, scale_token_stride, CODE, LARGEST, BLOCK_SIZE, HALF_DIM, HALF,
+                scale_block_stride, scale_token_stride, CODE, FIXED, LARGEST, BLOCK_SIZE, HALF_DIM, HALF,
             )  # fmt: skip
+
+
+@triton.jit
+def round_queries(
+    q,
+    codes,
+    scales,
+    query_start,
+    q_token_stride,
+    q_head_stride,
+    LARGEST: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Grid (sequences, KV heads): e4m3 codes of a sequence's queries of one KV head, over one scale for all of them.
+
+    q [T, Hq, D] -> codes int8 [T, Hq, D] and scales float32 [S, Hk]. A sequence brings at most ROWS / GROUP tokens.
+    """
+    seq = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    first = tl.load(query_start + seq)
+    count = tl.load(query_start + seq + 1) - first
+    rows = tl.arange(0, ROWS)
+    dims = tl.arange(0, BLOCK_D)
+    token = (first + rows // GROUP).to(tl.int64)
+    head = kv_head * GROUP + rows % GROUP
+    mask = (rows // GROUP < count)[:, None] & (dims < HEAD_DIM)[None, :]
+    at = token * q_token_stride + head * q_head_stride
+    x = tl.load(q + at[:, None] + dims[None, :], mask=mask, other=0.0).to(tl.float32)
+    # One number in all rows.
+    scale = _scale_for(tl.zeros([ROWS], dtype=tl.float32) + tl.max(tl.max(tl.abs(x), axis=1), axis=0), LARGEST)
+    out = (token * (tl.num_programs(1) * GROUP) + head) * HEAD_DIM
+    tl.store(codes + out[:, None] + dims[None, :], _encode(x, scale, 2, True, LARGEST), mask=mask)
+    tl.store(scales + seq * tl.num_programs(1) + kv_head, tl.max(scale, axis=0))
