@@ -20,7 +20,7 @@ def staged(values: Tensor | NDArray[Any] | Seq[Any], device: torch.device, dtype
 
 
 def staged_together(
-    parts: Seq[tuple[NDArray[Any] | Seq[int], torch.dtype]], device: torch.device
+    parts: Seq[tuple[NDArray[Any] | Seq[float], torch.dtype]], device: torch.device
 ) -> tuple[Tensor, ...]:
     """Each part's values on `device` in its type. To a GPU they travel in one copy: many small ones take longer to
     start than to arrive."""

@@ -3,7 +3,9 @@
     TRITON_INTERPRET=0 python -m replicas.engine.triton.ahead [--capability 90] [--few]
 
 runs the launching code on small CPU tensors with every launch replaced by a compilation, and prints a line a kernel:
-registers, bytes spilled to local memory, shared memory. It says nothing about results or speed.
+registers, bytes spilled to local memory, shared memory; of its longest loop with products the instructions, how many of
+them are tensor cores' (GMMA: of Hopper's kind) and how many barriers. A multiprocessor begins four instructions of 32
+threads a cycle: what a loop spends on a byte shows whether memory can be the limit. It says nothing about results.
 """
 
 from __future__ import annotations
@@ -27,13 +29,25 @@ from replicas.engine.triton.device import interpreting
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """One kernel's machine code. local_bytes: stack and spills of a thread. shared_bytes: of a block."""
+    """One kernel's machine code. local_bytes: stack and spills of a thread. shared_bytes: of a block. loop: opcodes of
+    the longest loop with products, none where there is no such loop."""
 
     kernel: str
     constants: str
     registers: int
     local_bytes: int
     shared_bytes: int
+    loop: tuple[str, ...]
+
+    def __str__(self) -> str:
+        tensor = [opcode for opcode in self.loop if "MMA" in opcode and not opcode.startswith("HFMA2")]
+        barriers = sum(opcode.startswith("BAR.SYNC") for opcode in self.loop)
+        kind = "GMMA" if any("GMMA" in opcode for opcode in tensor) else "MMA"
+        return (
+            f"{self.kernel:18} {self.registers:4} registers {self.local_bytes:5} B local "
+            f"{self.shared_bytes:7} B shared {len(self.loop):5} in loop {len(tensor):3} {kind:4} "
+            f"{barriers:2} barriers  {self.constants}"
+        )
 
 
 @contextmanager
@@ -81,16 +95,48 @@ class _Elsewhere:
         return 0
 
 
+_PRODUCTS = ("HGMMA", "HMMA", "QGMMA", "IMMA", "FFMA")
+
+
 def _measure(name: str, constants: str, cubin: bytes, shared: int) -> Compiled:
+    usage = _told_by("cuobjdump", cubin, "--dump-resource-usage")
+    figures = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    loops = [loop for loop in loops_of(_told_by("nvdisasm", cubin, "-c")) if any(o.startswith(_PRODUCTS) for o in loop)]
+    return Compiled(
+        name,
+        constants,
+        int(figures["REG"]),
+        int(figures["STACK"]) + int(figures["LOCAL"]),
+        shared,
+        max(loops, key=len, default=()),
+    )
+
+
+def _told_by(tool: str, cubin: bytes, *options: str) -> str:
+    """What one of the tools in Triton's package says of a cubin."""
     import triton
 
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / tool
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        told = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    figures = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", told.stdout))
-    return Compiled(name, constants, int(figures["REG"]), int(figures["STACK"]) + int(figures["LOCAL"]), shared)
+        return subprocess.run([path, *options, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def loops_of(disassembly: str) -> list[tuple[str, ...]]:
+    """Opcodes between each branch backwards and where it leads, in nvdisasm's text."""
+    opcodes: list[str] = []
+    labels: dict[str, int] = {}
+    loops = []
+    for line in disassembly.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(opcodes)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*);", line):
+            opcodes.append(instruction[1])
+            target = re.search(r"\.L_x_\d+", instruction[2])
+            if instruction[1].startswith("BRA") and target and target[0] in labels:
+                loops.append(tuple(opcodes[labels[target[0]] :]))
+    return loops
 
 
 def main() -> int:
@@ -107,10 +153,7 @@ def main() -> int:
     with compiling_for(args.capability) as found, torch.inference_mode():
         (launch_each if args.few else launch_everything)(torch.device("cpu"))
     for kernel in sorted(found, key=lambda k: (k.kernel, k.constants)):
-        print(
-            f"{kernel.kernel:18} {kernel.registers:4} registers {kernel.local_bytes:5} B local "
-            f"{kernel.shared_bytes:7} B shared  {kernel.constants}"
-        )
+        print(kernel)
     print(f"{len(found)} kernels for compute capability {args.capability / 10}")
     return 0
 

@@ -95,6 +95,6 @@ def device_crossover() -> Crossover:
 
     def measure(call: Callable[[], object]) -> float:
         call()  # compiles
-        return float(do_bench(call, warmup=5, rep=25, return_mode="median"))
+        return float(do_bench(call, warmup=3, rep=12, return_mode="median"))
 
     return Crossover(cache_dir() / "triton" / "crossover.json", measure)

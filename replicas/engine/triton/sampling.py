@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from replicas.engine.draw import draw_limited, is_greedy, is_limited, mixed
 from replicas.engine.sequence import Row
-from replicas.engine.staging import staged
+from replicas.engine.staging import staged, staged_together
 from replicas.engine.triton.device import multiprocessors
 
 _TILE = 1024
@@ -66,11 +66,15 @@ class GumbelDraw:
             row.sampling.temperature * math.log(row.sampling.min_p) if row.sampling.min_p > 0 else -math.inf
             for row in asked
         ]
-        places, keys_there = staged([whole, keys], logits.device)
-        sharpness_there, floors_there = staged([sharpness, floors], logits.device, torch.float32)
+        lots = Lots(
+            *staged_together(
+                [(whole, torch.int64), (keys, torch.int64), (sharpness, torch.float32), (floors, torch.float32)],
+                logits.device,
+            )
+        )
         if max(floors) > -math.inf:
-            floors_there = floors_there + logits.amax(dim=-1)[places]
-        return Lots(places, keys_there, sharpness_there, floors_there)
+            return replace(lots, floors=lots.floors + logits.amax(dim=-1)[lots.places])
+        return lots
 
     def _parts(self, width: int, rows: int) -> int:
         return max(min(-(-width // _TILE), self._programs // rows), 1)

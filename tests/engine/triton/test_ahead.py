@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from replicas.engine.triton.ahead import loops_of
+
 ROOT = Path(__file__).parents[3]
 
 
@@ -45,3 +47,23 @@ def test_every_kernel_compiles_for_hopper_and_keeps_its_registers(tmp_path: Path
         assert shared <= 227 * 1024, f"more shared memory than a Hopper block has: {line}"
         if "DOT=bf16" in line and "BLOCK_D=256" not in line:
             assert spilled == 0, f"registers spill: {line}"
+        if line.startswith("some_rows"):
+            # Eight weights a thread and product: under five instructions for each of them.
+            spent, products = (int(re.search(rf"(\d+) {what}", line)[1]) for what in ("in loop", "GMMA"))  # type: ignore[index]
+            assert products, f"not multiplied by Hopper's tensor cores: {line}"
+            assert spent < 40 * products, f"too much is done around the products: {line}"
+
+
+def test_loops_are_found_in_a_disassembly() -> None:
+    text = """
+.L_x_1:
+        /*0010*/                   LDG.E R1, desc[UR4][R2.64] ;
+.L_x_2:
+        /*0020*/              @!P0 FFMA R4, R1, R3, R4 ;
+        /*0030*/               @P0 BRA `(.L_x_2) ;
+        /*0040*/                   BRA `(.L_x_3) ;
+        /*0050*/             @!UP1 BRA `(.L_x_1) ;
+.L_x_3:
+        /*0060*/                   EXIT ;
+"""
+    assert loops_of(text) == [("FFMA", "BRA"), ("LDG.E", "FFMA", "BRA", "BRA", "BRA")]
