@@ -11,6 +11,7 @@ Parts, each reported on its own; one that fails or runs out of time does not sto
             of the SmolLM2-135M shape
   load      Llama-3-8B's shape with the KV cache as large as it will be, steps of full size, sampler with everything on:
             no out-of-memory error
+  sampling  drawing 256 rows of 128,256 logits, against reading them and against inversion
   bench …   replicas.engine.bench in processes of their own: 8B bfloat16 with transformers beside it, 8B INT4, 70B INT4,
             8B with 8-bit keys and values; shorter than its defaults, so that all parts fit into ten minutes
 """
@@ -35,6 +36,7 @@ import torch
 
 from replicas.engine import bench, flash
 from replicas.engine.attention import obstacles
+from replicas.engine.bench_sampling import measure
 from replicas.engine.bench_shapes import free_memory
 from replicas.engine.config import EngineConfig
 from replicas.engine.engine import Engine
@@ -213,6 +215,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "kernels": lambda _: kernels(device, args.seed),
         "oracle": lambda _: oracle(device, args.model),
         "load": lambda left: full_load(device, args.load_shape, min(20.0, left)),
+        "sampling": lambda _: {"good": True, "figures": measure(device, 256, 128256, 15)},
     }
     for name, arguments in BENCHES.items():
         parts[name] = partial(run_bench, arguments, device)
@@ -238,6 +241,7 @@ def render(report: dict[str, Any]) -> str:
         bad = [row for row in part.get("rows", []) if not row["good"]]
         lines += [f"    {row['kind']} {row['name']}: {row['error']}" for row in bad]
         lines += [f"    {backend}: {row}" for backend, row in part.get("backends", {}).items() if isinstance(row, dict)]
+        lines += [f"    {row}" for row in part.get("figures", [])]
     return "\n".join(lines)
 
 

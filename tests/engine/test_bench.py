@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from replicas.engine import bench
+from replicas.engine import bench, bench_sampling
 from replicas.engine.bench import Ceilings, Timeline, run_batch, summarise, table
 from replicas.engine.bench_cost import Cost, decode_step, prompt
 from replicas.engine.model_config import ModelConfig
@@ -161,3 +161,17 @@ def test_more_output_than_the_model_can_hold_is_refused(make_engine: MakeEngine,
     args = bench.parsed(["--model", str(tiny_model), "--prompt", "300"])
     with pytest.raises(ConfigError, match="256"):
         bench.build_engine(args)
+
+
+def test_drawing_is_timed_for_every_kind_of_request(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        "sys.argv", ["bench_sampling", "--rows", "1", "3", "--vocab", "100", "--tries", "1", "--device", "cpu"]
+    )
+    assert bench_sampling.main() == 0
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert [(int(line.split()[0]), line[6:18].strip()) for line in lines] == [
+        (rows, kind) for rows in (1, 3) for kind in bench_sampling.KINDS
+    ]
+    assert all(float(figure) > 0 for line in lines for figure in line.split()[-3:-1])
