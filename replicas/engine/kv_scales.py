@@ -2,11 +2,11 @@
 
 Measuring runs the model once, over a fixed sample, on an unrounded cache:
 
-    scale = 2 x the largest magnitude of the head's keys (or values) / 448
+    scale = 4 x the largest magnitude of the head's keys (or values) / 448
 
-The 2 leaves room for what the sample did not show; beyond it numbers become the largest code. Room costs a float format
+The 4 leaves room for what the sample did not show; beyond it numbers become the largest code. Room costs a float format
 no precision: where the scale doubles, numbers lie one exponent lower, and there the grid is as fine in proportion, down
-to the denormals (codes below 2^-6). Those begin 14336 times below the sample's largest number.
+to the denormals (codes below 2^-6). Those begin 7168 times below the sample's largest number.
 
 The sample is token ids spread evenly over the vocabulary, not text, so that it needs no data and no tokenizer. The same
 weights give the same scales on every replica with the same device, type and kernels, whatever the other settings, but
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 _SAMPLE, _PIECE = 512, 128  # tokens
 _BLOCK = 16
-_ROOM = 2.0
+_ROOM = 4.0
 _GOLDEN = (5**0.5 - 1) / 2
 
 
