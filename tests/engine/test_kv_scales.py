@@ -78,7 +78,7 @@ def test_measured_scales_are_the_same_every_time_and_leave_room(folder: Path) ->
 
 
 def test_nothing_saturates_on_the_sample(folder: Path) -> None:
-    """What is stored of it: codes up to about a quarter of the greatest, in every layer and head, of keys and of values."""
+    """What is stored of it: codes up to about a quarter of the greatest, of keys and of values, in every layer."""
     engine = Engine(EngineConfig(model=str(folder), kv_cache_dtype=HEAD, num_blocks=16))
     prompt = sample(257, 255).tolist()
     engine.generate([prompt], SamplingParams(max_tokens=1, temperature=0))

@@ -137,7 +137,7 @@ class TritonAttention:
         )
         if splits > 1:
             merge[(rows, heads)](
-                *(parts, sums[0], sums[1], out, out.stride(0), splits),
+                *(parts, sums[0], sums[1], out, batch.query_start, num_seqs, out.stride(0), splits),
                 MOST_SPLITS=_MOST_SPLITS,
                 HEAD_DIM=dim,
                 BLOCK_D=tiles.block_d,

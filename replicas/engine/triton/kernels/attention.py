@@ -319,23 +319,28 @@ def decode(
         tl.store(part_totals + part, total, mask=valid)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["splits", "num_seqs"])
 def merge(
     parts,
     part_peaks,
     part_totals,
     out,
+    query_start,
+    num_seqs,
     out_token_stride,
     splits,
     MOST_SPLITS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Grid (T, heads): the softmax-weighted mean of a row's parts, of which there are at most MOST_SPLITS."""
+    """Grid (T, heads): the softmax-weighted mean of a row's parts, of which there are at most MOST_SPLITS.
+
+    Rows behind the last sequence's, as padding has them, have no parts and become 0.
+    """
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     each = tl.arange(0, MOST_SPLITS)
-    there = each < splits
+    there = (each < splits) & (row < tl.load(query_start + num_seqs))
     dims = tl.arange(0, BLOCK_D)
     real = dims < HEAD_DIM
     part = (row * tl.num_programs(1) + head) * splits + each
