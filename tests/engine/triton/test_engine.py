@@ -26,7 +26,7 @@ from tests.engine.conftest import MakeEngine
 from tests.engine.drafts import settings_of
 
 CPU = torch.device("cpu")
-GREEDY = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
+GREEDY = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
 
 
 class TakesTurns:
@@ -76,7 +76,7 @@ def outputs(of: Engine, asked: list[list[int]], sampling: SamplingParams | list[
 def test_greedy_output_is_the_oracles(make_gpu_like: MakeEngine, oracle: Reference, ahead: bool) -> None:
     asked = prompts((5, 23, 3))
     made = make_gpu_like(async_scheduling=ahead)
-    assert outputs(made, asked, GREEDY) == [oracle.generate(prompt, 4, ignore_eos=True) for prompt in asked]
+    assert outputs(made, asked, GREEDY) == [oracle.generate(prompt, 6, ignore_eos=True) for prompt in asked]
     assert made._graphs is not None
     assert made._graphs.replays > 1
 
@@ -97,7 +97,7 @@ def test_drafts_change_nothing(make_gpu_like: MakeEngine, oracle: Reference, tin
     speculative = Speculative(**settings_of("states", tmp_path, tiny_model), max_draft_tokens=3, adaptive=False)
     made = make_gpu_like(speculative=speculative)
     asked = prompts((4, 9))
-    assert outputs(made, asked, GREEDY) == [oracle.generate(prompt, 4, ignore_eos=True) for prompt in asked]
+    assert outputs(made, asked, GREEDY) == [oracle.generate(prompt, 6, ignore_eos=True) for prompt in asked]
     assert made.speculation.num_draft_tokens > 0
 
 
