@@ -23,6 +23,7 @@ from replicas.engine.kv_format import KVFormat
 from replicas.engine.kv_format import LayerCache as LayerCache
 from replicas.engine.triton import attention as triton_attention
 from replicas.engine.triton import device as triton_device
+from replicas.engine.triton.crossover import device_crossover
 
 
 class Attention(Protocol):
@@ -119,10 +120,11 @@ def choose_attention(
     head_dim: int,
     kv: KVFormat | None = None,
     block_size: int = 16,
+    heads: tuple[int, int] | None = None,
 ) -> Attention:
     """`name`: "auto", "flash_attn", "triton", "native" or "torch"; ConfigError if it cannot be had here.
 
-    `.name` of the result says which it is.
+    heads: query and KV heads of a layer, for which kernels may be measured. `.name` of the result says which it is.
     """
     chosen = pick("attention", name, obstacles(device, dtype, head_dim, kv, block_size))
     if chosen == "native":
@@ -131,6 +133,10 @@ def choose_attention(
         kernels = native.library()
         assert kernels is not None, "native_obstacle found the kernels and now they are gone"
         return NativeAttention(kernels)
+    if chosen == "triton" and device.type == "cuda" and heads is not None:
+        from replicas.engine.triton.attention_sizes import measured_attention
+
+        return measured_attention(device, dtype, heads, head_dim, kv, block_size, device_crossover())
     if chosen == "triton":
         return triton_attention.TritonAttention(device)
     if chosen == "flash_attn":

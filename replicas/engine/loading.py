@@ -83,8 +83,9 @@ def load(config: EngineConfig, checkpoint: Checkpoint | None = None, tokenizer: 
     stored = checkpoint or open_checkpoint(config.model)
     tokenizer = tokenizer or Tokenizer.load(stored)
     checkpoint = seen_as(stored, config.quantization, keep_gguf=ops.multiplies_quantized)
-    head_dim, size = checkpoint.config.head_dim, config.block_size
-    attention = choose_attention(config.attention, device, dtype, head_dim, kv, size)
+    model, size = checkpoint.config, config.block_size
+    head_dim, heads = model.head_dim, (model.num_heads, model.num_kv_heads)
+    attention = choose_attention(config.attention, device, dtype, head_dim, kv, size, heads)
     decoder = Decoder(checkpoint, ops, attention, device, dtype, config.max_model_len)
     budget = config.max_num_batched_tokens or (_CUDA_BUDGET if device.type == "cuda" else _CPU_BUDGET)
     why = reason(

@@ -122,6 +122,7 @@ def _decoder(
         checkpoint.config.head_dim,
         plain_format(loaded.dtype),
         config.block_size,
+        (checkpoint.config.num_heads, checkpoint.config.num_kv_heads),
     )
     decoder = Decoder(checkpoint, ops, attention, loaded.device, loaded.dtype, max_model_len, shared)
     return decoder, choose_graphs(config.step_graphs, loaded.device, attention.name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from replicas.engine.attention import Attention, TorchAttention
 from replicas.engine.kv_format import LayerCache
 from replicas.engine.ops import TorchOps
 from replicas.engine.triton import linear as triton_linear
-from replicas.engine.triton.attention import TritonAttention
+from replicas.engine.triton.attention import DECODE, PREFILL, TritonAttention
 from replicas.engine.triton.cache import rope_and_write, write_cache
 from replicas.engine.triton.cases import ATTENTION, LINEAR, AttentionCase, LinearCase
 from replicas.engine.triton.noise import gumbel
@@ -171,6 +171,21 @@ def checks(device: torch.device, seed: int) -> dict[str, list[Callable[[], list[
     def attention(case: AttentionCase) -> Callable[[], list[Measured]]:
         return lambda: [check_attention(case, TritonAttention(device), device, seed)]
 
+    def sized(case: AttentionCase, kind: str, size: str) -> Callable[[], list[Measured]]:
+        def check() -> list[Measured]:
+            measured = check_attention(case, TritonAttention(device, **{kind: size}), device, seed)
+            return [replace(measured, name=f"{measured.name}, {size}")]
+
+        return check
+
+    named = {case.name: case for case in ATTENTION}
+    every_size = [
+        (named[f"llama-3-8b {kind}{suffix}"], kind, size)
+        for kind, sizes in (("decode", DECODE), ("prefill", PREFILL))
+        for size in sizes
+        for suffix in ("", " fp8")
+    ]
+
     def linear(case: LinearCase, kernel: str, rows: int) -> Callable[[], list[Measured]]:
         return lambda: [check_linear(case, kernel, rows, device, seed)]
 
@@ -181,7 +196,7 @@ def checks(device: torch.device, seed: int) -> dict[str, list[Callable[[], list[
         return lambda: [*check_small(dtype, device, seed)]
 
     return {
-        "attention": [attention(case) for case in ATTENTION],
+        "attention": [attention(case) for case in ATTENTION] + [sized(*of) for of in every_size],
         "linear": [
             linear(case, kernel, rows)
             for case in LINEAR

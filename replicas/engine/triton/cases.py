@@ -10,7 +10,7 @@ import torch
 from replicas.engine.batch import StepBatch
 from replicas.engine.kv_format import LayerCache, allocate_kv, choose_kv_format
 from replicas.engine.quantized.weight import QuantizedWeight
-from replicas.engine.triton.attention import TritonAttention
+from replicas.engine.triton.attention import DECODE, PREFILL, TritonAttention
 from replicas.engine.triton.cache import rope_and_write, round_queries
 from replicas.engine.triton.linear import VARIANTS, TritonLinear
 from replicas.engine.triton.ops import TritonOps
@@ -122,6 +122,18 @@ def attention_launches(device: torch.device, cases: Sequence[AttentionCase] = AT
         yield case.name
 
 
+def size_launches(device: torch.device) -> Iterator[str]:
+    """Every size that measuring may choose, in bfloat16 and with FP8 keys and values."""
+    named = {case.name: case for case in ATTENTION}
+    for suffix in ("", " fp8"):
+        for kind, sizes in (("decode", DECODE), ("prefill", PREFILL)):
+            case = named[f"llama-3-8b {kind}{suffix}"]
+            (q, k, v), cache, batch = case.make(device), case.cache(device), case.batch(device)
+            for size in sizes:
+                TritonAttention(device, **{kind: size})(q, k, v, cache, batch, scale=case.dim**-0.5, window=None)
+                yield f"{case.name}, {size}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearCase:
     """A quantised layer and the numbers of rows that its kernels are tried with. origin: none, zeros or mins."""
@@ -225,6 +237,7 @@ def launch_everything(device: torch.device) -> list[str]:
     """Launch each kernel in every form; the names of what was launched."""
     return [
         *attention_launches(device),
+        *size_launches(device),
         *linear_launches(device),
         *plain_launches(device),
         *small_launches(device, _SMALL),

@@ -26,18 +26,22 @@ class Crossover:
         self._known = _read(file)
 
     def choose(
-        self, key: str, candidates: Callable[[int], Sequence[str]], run: Callable[[str, int], Callable[[], object]]
+        self,
+        key: str,
+        candidates: Callable[[int], Sequence[str]],
+        run: Callable[[str, int], Callable[[], object]],
+        buckets: Sequence[int] = BUCKETS,
     ) -> dict[int, str]:
-        """The fastest kernel for each of BUCKETS.
+        """The fastest kernel for each bucket.
 
         key: names everything that times depend on. candidates(rows): kernels that take so many. run(kernel, rows)
         gives what is to be timed.
         """
         stored = self._known.get(key, {})
-        chosen = {rows: stored.get(str(rows), "") for rows in BUCKETS}
+        chosen = {rows: stored.get(str(rows), "") for rows in buckets}
         if all(name in candidates(rows) for rows, name in chosen.items()):
             return chosen
-        for rows in BUCKETS:
+        for rows in buckets:
             times = self._times(candidates(rows), rows, run)
             chosen[rows] = min(times, key=lambda name: times[name])
         logger.info("kernels of %s: %s", key, chosen)

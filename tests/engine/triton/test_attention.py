@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ from replicas.engine.attention import TorchAttention
 from replicas.engine.batch import StepBatch
 from replicas.engine.kv_format import KVFormat, LayerCache, choose_kv_format
 from replicas.engine.triton import attention as launch
-from replicas.engine.triton.attention import TritonAttention, num_splits
+from replicas.engine.triton import attention_sizes
+from replicas.engine.triton.attention import DECODE, PREFILL, TritonAttention, num_splits
 from replicas.engine.triton.cache import write_cache
 from replicas.engine.triton.kernels.attention import _spread_fp8
 from tests.engine.triton.ptx import run_ptx
@@ -36,6 +39,8 @@ class Case:
     dtype: torch.dtype = torch.float32
     kv: str = "auto"
     seed: int = 0
+    decode: str = ""
+    prefill: str = ""
     format: KVFormat = field(init=False)
 
     def __post_init__(self) -> None:
@@ -106,7 +111,8 @@ class Case:
     def check(self) -> None:
         cache, wanted = self.cache(), self.cache()
         batch = self.batch()
-        out = TritonAttention(CPU)(self.q, self.k, self.v, cache, batch, scale=self.dim**-0.5, window=self.window)
+        attention = TritonAttention(CPU, self.decode, self.prefill)
+        out = attention(self.q, self.k, self.v, cache, batch, scale=self.dim**-0.5, window=self.window)
         wanted.write(batch.slot_mapping, self.k, self.v)
         for actual, expected in ((cache.keys, wanted.keys), (cache.values, wanted.values)):
             assert torch.equal(actual.nan_to_num(), expected.nan_to_num()), "what is written are other bits"
@@ -236,6 +242,42 @@ def test_given_scales_are_used_and_left_as_they_are() -> None:
 def test_a_block_size_that_is_no_power_of_two_is_an_obstacle() -> None:
     assert launch.obstacle(16) == ""
     assert "power of two, got 24" in launch.obstacle(24)
+
+
+@pytest.mark.parametrize("size", [*DECODE, *PREFILL])
+@pytest.mark.parametrize("kv", ["auto", "fp8_e4m3"])
+def test_no_size_of_a_kernels_parts_changes_what_it_computes(size: str, kv: str) -> None:
+    sequences = [(1, 70), (1, 133), (2, 9)] if size in DECODE else [(40, 70), (1, 30)]
+    kind = "decode" if size in DECODE else "prefill"
+    Case(sequences, dtype=torch.float16, kv=kv, **{kind: size}).check()
+
+
+class Taking:
+    """In place of measured times: what is asked for, and the last of what could be had."""
+
+    def __init__(self) -> None:
+        self.asked: dict[str, list[str]] = {}
+
+    def choose(
+        self, key: str, candidates: Callable[[int], list[str]], run: Callable[..., Any], buckets: tuple[int, ...]
+    ) -> dict[int, str]:
+        self.asked[key] = candidates(1)
+        run(candidates(1)[0], 1)()  # what would be timed can be called
+        return {1: candidates(1)[-1]}
+
+
+def test_sizes_are_measured_for_a_models_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_sizes, "_DECODES", ((1, 20),) * 2)
+    monkeypatch.setattr(attention_sizes, "_PROMPTS", ((30, 30),))
+    taking: Any = Taking()
+    kv = choose_kv_format("fp8_e4m3", torch.float16)
+    made = attention_sizes.measured_attention(CPU, torch.float16, (4, 2), 32, kv, 16, taking)
+    assert made._decode_size.name == list(DECODE)[-1]
+    assert made._prefill_size.name == list(PREFILL)[-1]
+    told = "float16, 4 and 2 heads of 32, cache fp8_e4m3, pages of 16"
+    assert taking.asked == {f"cpu, decode, {told}": list(DECODE), f"cpu, prefill, {told}": list(PREFILL)}
+    attention_sizes.measured_attention(CPU, torch.float32, (4, 2), 32, None, 16, taking)
+    assert len(taking.asked) == 2, "there is one size for float32"
 
 
 @settings(max_examples=60, deadline=None)
