@@ -184,7 +184,10 @@ def prefill_tiles(q: Tensor, cache: LayerCache, size: Size) -> _Tiles:
 def decode_tiles(q: Tensor, cache: LayerCache, max_query_len: int, size: Size) -> _Tiles:
     group, block_d = q.shape[1] // cache.keys.shape[2], max(16, next_power_of_2(q.shape[2]))
     block_m = max(16, next_power_of_2(group * max_query_len))
-    size = size if has_sizes(q.dtype, q.shape[2]) else Size(32, 4, 2)
+    if not has_sizes(q.dtype, q.shape[2]):
+        size = Size(32, 4, 2)
+    elif block_m > 16:  # drafts to verify: what was measured for one token a sequence may not fit into registers
+        size = next(iter(DECODE.values()))
     return _Tiles(group, block_m, size.keys, block_d, size.warps, size.stages)
 
 
