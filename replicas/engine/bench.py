@@ -103,14 +103,22 @@ def _device_s(function: Callable[[], object], device: torch.device) -> float:
 
 
 def run_batch(engine: Engine, batch: int, prompt_tokens: int, output_tokens: int, rng: random.Random) -> Timeline:
-    """Submit `batch` requests at once and step until all are done."""
+    """Submit `batch` requests at once and step until all are done; none is left behind if one of them fails."""
+    ids = [submit(engine, prompt_tokens, output_tokens, rng) for _ in range(batch)]
+    try:
+        return _followed(engine, ids, prompt_tokens)
+    finally:
+        for request_id in ids:
+            engine.abort(request_id)
+
+
+def _followed(engine: Engine, ids: list[str], prompt_tokens: int) -> Timeline:
     config, element_size = engine.loaded.decoder.config, engine.loaded.dtype.itemsize
     held = held_by(engine.loaded)
-    ids = [submit(engine, prompt_tokens, output_tokens, rng) for _ in range(batch)]
     line = Timeline(tokens=dict.fromkeys(ids, 0))
     started = before = time.perf_counter()
     while engine.has_work():
-        all_decode = len(line.first) == batch and not line.last
+        all_decode = len(line.first) == len(ids) and not line.last
         contexts = [prompt_tokens + tokens for tokens in line.tokens.values()]
         chunks = engine.step()
         now = time.perf_counter()

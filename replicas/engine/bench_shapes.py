@@ -140,7 +140,7 @@ def mixed(engine: Engine, requests: tuple[int, int, int], repeat: int) -> dict[s
     """requests: how many, tokens of each prompt and answer."""
     batch, tokens, output = requests
     runs = []
-    for _ in range(repeat):
+    for _ in range(repeat + 1):  # the first compiles kernels and records graphs
         line = bench.run_batch(engine, batch, tokens, output, random.Random(batch + tokens))
         runs.append(
             {
@@ -151,7 +151,7 @@ def mixed(engine: Engine, requests: tuple[int, int, int], repeat: int) -> dict[s
                 "output_tokens_per_s": batch * output / line.total_s,
             }
         )
-    return _medians(runs)
+    return _medians(runs[1:])
 
 
 def idle_share(engine: Engine, batch: int, prompt_tokens: int, steps: int = 40) -> float | None:
@@ -163,17 +163,19 @@ def idle_share(engine: Engine, batch: int, prompt_tokens: int, steps: int = 40) 
     rng = random.Random(7)
     ids = [bench.submit(engine, prompt_tokens, steps + 32, rng) for _ in range(batch)]
     first: set[str] = set()
-    while len(first) < batch:
-        first |= {chunk.request_id for chunk in engine.step()}
-    for _ in range(8):
-        engine.step()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as timeline:
-        for _ in range(steps):
+    try:
+        while len(first) < batch:
+            first |= {chunk.request_id for chunk in engine.step()}
+        for _ in range(8):
             engine.step()
         torch.cuda.synchronize()
-    for request_id in ids:
-        engine.abort(request_id)
+        with profile(activities=[ProfilerActivity.CUDA]) as timeline:
+            for _ in range(steps):
+                engine.step()
+            torch.cuda.synchronize()
+    finally:
+        for request_id in ids:
+            engine.abort(request_id)
     kernels = [event.time_range for event in timeline.events() if str(event.device_type).endswith("CUDA")]
     return idle_of([(kernel.start, kernel.end) for kernel in kernels])
 
@@ -244,8 +246,9 @@ def _transformers_model(shape: str, device: torch.device, dtype: torch.dtype) ->
 # ---------------------------------------------------------------- the report
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything as one JSON-ready dict. A part that fails is reported and the others go on."""
+def run(args: argparse.Namespace, keep: Callable[[dict[str, Any]], None] = lambda report: None) -> dict[str, Any]:
+    """Everything as one JSON-ready dict. A part that fails is reported and the others go on. keep: is given what there
+    is after every part, for whoever has no time to wait for the rest."""
     check(args.shape, args.quant)  # before minutes are spent
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
@@ -280,6 +283,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
     for name, part in parts.items():
         report[name] = attempt(part)
+        report["graphs"] = None if engine._graphs is None else engine._graphs.counts()
+        keep(report)
     if args.peer == "transformers":
         del engine, loaded, parts
         free_memory(device)
@@ -327,7 +332,7 @@ def render(report: dict[str, Any]) -> str:
         ]
     else:
         lines.append(str(report["sweep"]))
-    for name in ("prefill", "mixed", "idle_share", "peer"):
+    for name in ("prefill", "mixed", "idle_share", "graphs", "peer"):
         if report.get(name) is not None:
             lines.append(f"{name}: {_told(report[name])}")
     return "\n".join(lines)
@@ -346,10 +351,13 @@ def _cell(name: str, value: Any) -> str:
 
 
 def main(args: argparse.Namespace) -> int:
-    report = run(args)
+    def keep(report: dict[str, Any]) -> None:
+        if args.json:
+            args.json.write_text(json.dumps(report, indent=2) + "\n")
+
+    report = run(args, keep)
     print(render(report))
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    keep(report)
     failed = [name for name, value in report.items() if isinstance(value, dict) and "error" in value]
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)

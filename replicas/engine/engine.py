@@ -39,6 +39,7 @@ from replicas.engine.scheduler import Scheduler, Step
 from replicas.engine.sequence import Group, Sequence, sampled_rows
 from replicas.engine.spec.build import build_speculation, typical_rule
 from replicas.engine.spec.speculation import Speculation
+from replicas.engine.staging import staged
 from replicas.engine.waiting import OUTPUT_WEIGHT
 from replicas.protocol import (
     Chunk,
@@ -491,7 +492,7 @@ class Engine:
     def _copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         if not copies:
             return
-        source, target = torch.tensor(copies, device=self.loaded.device).unbind(dim=1)
+        source, target = staged(copies, self.loaded.device).unbind(dim=1)
         self._kv.copy_blocks(source, target)
 
     def measure_steps(self, limit_s: float = 1.0) -> dict[int, float]:

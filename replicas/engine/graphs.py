@@ -11,7 +11,7 @@ and copied into the bucket's fixed tensors. Nothing that a kernel is launched wi
 backends that are used here look lengths up on the device.
 
 Recording waits: the first step of a bucket runs as it is (which also compiles its kernels), the second one records,
-all others replay. So no answer waits for graphs that nobody needs yet. A bucket that cannot be
+all others replay. So no answer waits for graphs that nobody needs. A bucket that cannot be
 recorded, for want of memory above all, is computed as it is from then on.
 """
 
@@ -83,9 +83,13 @@ class _CudaGraph:
 
     def record(self, work: Callable[[], None]) -> None:
         torch.cuda.synchronize()
-        # Other threads of the process may talk to CUDA meanwhile (a second engine): only this one is recorded.
-        with torch.cuda.graph(self._graph, pool=self._graphs.pool, capture_error_mode="thread_local"):
-            work()
+        stream = torch.cuda.current_stream()
+        try:
+            # Other threads of the process may talk to CUDA meanwhile (a second engine): only this one is recorded.
+            with torch.cuda.graph(self._graph, pool=self._graphs.pool, capture_error_mode="thread_local"):
+                work()
+        finally:
+            torch.cuda.set_stream(stream)  # where recording fails at its end, torch does not return to it
 
     def replay(self) -> None:
         self._graph.replay()
@@ -212,6 +216,11 @@ class GraphRunner:
         bucket.graph.replay()
         self.replays += 1
         return self._rows(batch)
+
+    def counts(self) -> dict[str, int]:
+        """Steps that were recorded and replayed, and buckets that could not be recorded."""
+        broken = sum(bucket.broken for bucket in self._buckets.values())
+        return {"recordings": self.recordings, "replays": self.replays, "broken": broken}
 
     def _key(self, batch: StepBatch) -> tuple[int, int] | None:
         """(sequences, tokens of each) of the smallest bucket that holds the step; None if none does."""

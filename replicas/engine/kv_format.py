@@ -54,7 +54,9 @@ class KVFormat:
     def scales_for(self, largest: Tensor) -> Tensor:
         """The scales, float32, with which numbers up to `largest` become codes up to the greatest."""
         assert self.largest is not None, f"{self.name} has no scales"
-        scales = largest.float() / self.largest
+        wide = largest.float()
+        # By a tensor: CUDA divides by a number as a product with its reciprocal, which may round the other way.
+        scales = wide / torch.full_like(wide, self.largest)
         return torch.where(scales == 0, 1.0, scales.clamp_min(_SMALLEST_SCALE))
 
     def encode(self, x: Tensor, scales: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from replicas.engine import bench, bench_sampling
 from replicas.engine.bench import Ceilings, Timeline, run_batch, summarise, table
 from replicas.engine.bench_cost import Cost, decode_step, prompt
 from replicas.engine.model_config import ModelConfig
-from replicas.protocol import ConfigError
+from replicas.protocol import ConfigError, EngineFault
 from tests.engine.conftest import MakeEngine
 
 # 2 layers, 2 query heads on 1 KV head of 4: q 8, kv 4 wide. Per layer: qkv 8*16, o 8*8, gate/up/down 3*8*12.
@@ -161,6 +162,25 @@ def test_more_output_than_the_model_can_hold_is_refused(make_engine: MakeEngine,
     args = bench.parsed(["--model", str(tiny_model), "--prompt", "300"])
     with pytest.raises(ConfigError, match="256"):
         bench.build_engine(args)
+
+
+def test_a_batch_that_fails_leaves_nothing_for_the_next(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(max_num_seqs=2)
+    sample, calls = engine._sampler.draw, []
+
+    def fail_once(*of: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("a kernel failed")
+        return sample(*of)
+
+    monkeypatch.setattr(engine._sampler, "draw", fail_once)
+    with pytest.raises(EngineFault):
+        run_batch(engine, 5, 4, 6, random.Random(1))
+    assert not engine.has_work()
+    assert sum(run_batch(engine, 5, 4, 6, random.Random(1)).tokens.values()) == 30
 
 
 def test_drawing_is_timed_for_every_kind_of_request(

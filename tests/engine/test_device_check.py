@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,10 @@ def test_backends_are_held_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> 
     found = device_check.oracle(CPU, None)
     assert found["good"]
     assert set(found["backends"]) == {
-        f"{name}, step_graphs {g}" for name in ("native", "torch") for g in ("off", "auto")
+        *(f"{name}, step_graphs {g}" for name in ("native", "torch") for g in ("off", "auto")),
+        "native, a draft of the model's first layer",
     }
+    assert found["backends"]["native, a draft of the model's first layer"]["guesses"] > 0
     assert all(row["leaked_blocks"] == row["wrong"] == 0 for row in found["backends"].values())
 
 
@@ -62,13 +65,21 @@ def test_kernels_that_fail_are_rows_of_their_own(monkeypatch: pytest.MonkeyPatch
     def broken() -> list[Measured]:
         raise RuntimeError("does not compile")
 
+    class OutOfResources(Exception):
+        """As Triton names it; it need not be installed."""
+
+    def too_large() -> list[Measured]:
+        raise OutOfResources("shared memory")
+
     from replicas.engine.triton import accuracy
 
     each = [broken, lambda: [Measured("far off", 0.5, 0.1)], lambda: [Measured("close", 0.01, 0.1)]]
     each.append(lambda: [Measured("no number", float("nan"), 0.1)])
+    each.append(too_large)
     monkeypatch.setattr(accuracy, "checks", lambda *_: {"attention": each})
     found = device_check.kernels(CPU, 1)
-    assert [row["good"] for row in found["rows"]] == [False, False, True, False]
+    assert [row["good"] for row in found["rows"]] == [False, False, True, False, True]
+    assert found["refused"] == 1
     assert not found["good"]
 
 
@@ -102,3 +113,23 @@ def test_a_bench_that_says_nothing_is_reported() -> None:
     found = device_check.run_bench(["no-such-shape"], CPU, 60)
     assert not found["good"]
     assert "no-such-shape" in found["error"]
+
+
+def test_what_a_bench_had_before_its_time_was_up_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(command: list[str], **_: object) -> None:
+        Path(command[command.index("--json") + 1]).write_text('{"sweep": [1]}')
+        raise subprocess.TimeoutExpired(command, 3)
+
+    monkeypatch.setattr(subprocess, "run", slow)
+    found = device_check.run_bench(["tiny"], CPU, 3.0)
+    assert found == {"sweep": [1], "good": False, "error": "not done after 3 s"}
+
+
+def test_a_part_leaves_time_for_those_behind_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+    monkeypatch.setattr(device_check, "BENCHES", {name: [name] for name in ("bench a", "bench b", "bench c")})
+    monkeypatch.setattr(device_check, "run_bench", lambda *of: given.append(of[-1]) or {"good": True})
+    command = ["device_check", "--device", "cpu", "--json", str(tmp_path / "r.json"), "--only", "bench"]
+    monkeypatch.setattr(sys, "argv", [*command, "--seconds", "200"])
+    assert device_check.main() == 0
+    assert [round(seconds) for seconds in given] == [110, 155, 200]

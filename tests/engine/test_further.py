@@ -69,6 +69,30 @@ def test_padding_touches_nothing_but_the_scratch_block() -> None:
     assert further.replays == 8
 
 
+class Full:
+    def record(self, work: object) -> None:
+        raise torch.OutOfMemoryError("no memory for a graph")
+
+    def replay(self) -> None:
+        raise AssertionError("replayed what was never recorded")
+
+
+def test_guesses_go_on_where_nothing_can_be_recorded() -> None:
+    def guess(batch: object, states: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        tokens = batch.token_ids + 1  # type: ignore[attr-defined]
+        return tokens, torch.ones(len(tokens)), torch.empty(0)
+
+    made: list[Full] = []
+    further = Further(guess, lambda: made.append(Full()) or made[-1], max_seqs=4, max_blocks=1, block_size=8, scratch=3)
+    tables, lens = torch.zeros(2, 1, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    for _ in range(4):
+        found, _ = further(torch.tensor([1, 5]), None, tables, lens, 2)
+        assert [tokens.tolist() for tokens in found] == [[2, 6], [3, 7]]
+    assert len(made) == 1, "what could not be recorded once is tried again"
+    assert not further.replays
+    assert not lens.any(), "what was given is not what is counted on"
+
+
 def test_a_step_lies_where_its_tokens_do() -> None:
     tables = torch.tensor([[7, 2], [1, 0]], dtype=torch.int32)
     places = Places(torch.tensor([5, 6]), torch.tensor([3, 4], dtype=torch.int32), tables, None, torch.zeros(2))

@@ -6,6 +6,7 @@ sequences is one graph: on a GPU the few kernels of a draft take less time than 
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from replicas.engine.batch import StepBatch
 from replicas.engine.graphs import Graph, bucket_sizes
+
+logger = logging.getLogger(__name__)
 
 # (a step of one token a sequence, states [S, H] or None) -> tokens int64 [S], probabilities float32 [S], states [S, H]
 Guess = Callable[[StepBatch, Tensor | None], tuple[Tensor, Tensor, Tensor]]
@@ -30,6 +33,11 @@ class Places:
     tables: Tensor
     states: Tensor | None
     sure: Tensor
+
+    def copy(self) -> Places:
+        """One whose numbers may be changed; tables never are."""
+        states = None if self.states is None else self.states.clone()
+        return Places(self.token_ids.clone(), self.lens.clone(), self.tables, states, self.sure.clone())
 
     def batch(self, block_size: int) -> StepBatch:
         """The step that computes the newest tokens."""
@@ -51,9 +59,12 @@ class Places:
 
 @dataclass(slots=True)
 class _Bucket:
+    """seen: steps so far. graph: None until recorded. broken: recording failed, it never will be."""
+
     places: Places
     seen: int = 0
     graph: Graph | None = None
+    broken: bool = False
 
 
 class Further:
@@ -85,20 +96,19 @@ class Further:
         count = len(tokens)
         given = Places(tokens, lens, tables, states, torch.empty(count, device=tokens.device))
         bucket = self._bucket(given)
-        if bucket is None or bucket.seen == 1:
-            places = Places(
-                tokens.clone(), lens.clone(), tables, None if states is None else states.clone(), given.sure
-            )
-            run: Callable[[], None] = lambda: self._advance(places)  # noqa: E731
+        graph = None if bucket is None else self._graph(bucket, given)
+        if bucket is None or graph is None:
+            places = given.copy()
         else:
             places = bucket.places
-            graph = bucket.graph or self._record(bucket, given)
             self._fill(places, given)
-            run = graph.replay
             self.replays += depth
         found, sure = [], []
         for _ in range(depth):
-            run()
+            if graph is None:
+                self._advance(places)
+            else:
+                graph.replay()
             found.append(places.token_ids[:count].clone())
             sure.append(places.sure[:count].clone())
         return found, sure
@@ -144,12 +154,20 @@ class Further:
         if places.states is not None:
             places.states.copy_(states)
 
-    def _record(self, bucket: _Bucket, given: Places) -> Graph:
+    def _graph(self, bucket: _Bucket, given: Places) -> Graph | None:
+        """The bucket's, from its second step on."""
+        if bucket.graph is not None or bucket.broken or bucket.seen == 1:
+            return bucket.graph
         assert self._make_graph is not None, "a bucket without anything to record it with"
-        self._fill(bucket.places, given)
-        self._advance(bucket.places)  # compiles kernels for this size; what it writes is written again
         graph = self._make_graph()
-        graph.record(lambda: self._advance(bucket.places))
+        self._fill(bucket.places, given)
+        try:
+            self._advance(bucket.places)  # compiles kernels for this size; what it writes is written again
+            graph.record(lambda: self._advance(bucket.places))
+        except RuntimeError as error:  # out of memory among them
+            logger.warning("guesses for %d sequences are launched kernel by kernel: %s", len(given.token_ids), error)
+            bucket.broken = True
+            return None
         bucket.graph = graph
         return graph
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
+import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
+import torch
+
+from replicas.engine.graphs import CudaGraphs
 from replicas.engine.native.compiler import cache_dir
 
 logger = logging.getLogger(__name__)
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
+_FLUSHED, _TRIES = 256 << 20, 15
 Measure = Callable[[Callable[[], object]], float]
 
 
@@ -24,6 +31,7 @@ class Crossover:
     def __init__(self, file: Path, measure: Measure) -> None:
         self._file, self._measure = file, measure
         self._known = _read(file)
+        self._short_of_memory = False  # then what was left out may run another time, and nothing more is kept
 
     def choose(
         self,
@@ -46,7 +54,8 @@ class Crossover:
             chosen[rows] = min(times, key=lambda name: times[name])
         logger.info("kernels of %s: %s", key, chosen)
         self._known[key] = {str(rows): name for rows, name in chosen.items()}
-        self._write()
+        if not self._short_of_memory:
+            self._write()
         return chosen
 
     def _times(
@@ -62,6 +71,7 @@ class Crossover:
                 times[name] = self._measure(run(name, rows))
             except Exception as error:
                 logger.info("%s does not run on %d rows: %s", name, rows, error)
+                self._short_of_memory |= isinstance(error, torch.OutOfMemoryError)
                 refused = error
         if refused is not None and not times:
             raise refused
@@ -94,11 +104,34 @@ def _read(file: Path) -> dict[str, dict[str, str]]:
 
 @cache
 def device_crossover() -> Crossover:
-    """Times on the current CUDA device, kept in the user's cache beside the C++ kernels."""
-    from triton.testing import do_bench
+    """Times on the current CUDA device, kept in the user's cache beside the C++ kernels, for these kernels only."""
+    return Crossover(cache_dir() / "triton" / f"crossover-{_kernels()}.json", _device_s)
 
-    def measure(call: Callable[[], object]) -> float:
-        call()  # compiles
-        return float(do_bench(call, warmup=3, rep=12, return_mode="median"))
 
-    return Crossover(cache_dir() / "triton" / "crossover.json", measure)
+def _kernels() -> str:
+    """A digest of what was timed: the kernels' sources and who compiles them."""
+    digest = hashlib.sha256(f"{torch.__version__} {version('triton')}".encode())
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _device_s(call: Callable[[], object]) -> float:
+    """Seconds on the device, recorded and replayed as in a step, so that launching from Python is not timed; the L2
+    cache is cold, as another layer's weights leave it."""
+    call()  # compiles
+
+    def work() -> None:
+        call()
+
+    flush = torch.empty(_FLUSHED, dtype=torch.int8, device="cuda")
+    graph = CudaGraphs()()
+    graph.record(work)
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(_TRIES)]  # type: ignore[no-untyped-call]
+    for start, end in pairs:
+        flush.zero_()
+        start.record()
+        graph.replay()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(float(start.elapsed_time(end)) for start, end in pairs) / 1e3

@@ -55,7 +55,7 @@ class TritonLinear:
         assert x.stride(1) == 1, "the last dimension of x must be contiguous"
         variant, (outputs, inputs) = VARIANTS[kernel], self.weight.shape
         out = torch.empty(len(x), outputs, dtype=x.dtype, device=x.device)
-        single_rows[(len(x), -(-outputs // variant.outputs))](
+        single_rows[(-(-outputs // variant.outputs), len(x))](
             *(x, self.weight, out if self.bias is None else self.bias, out, x.stride(0), outputs, inputs),
             BIASED=self.bias is not None,
             WHOLE=outputs % variant.outputs == 0 and inputs % variant.inputs == 0,

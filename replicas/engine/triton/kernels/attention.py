@@ -42,10 +42,10 @@ def decode_codes(raw, CODE: tl.constexpr, DOT: tl.constexpr, ASM: tl.constexpr):
     where DOT has 16 bits; the interpreter computes the same one by one."""
     if CODE == 2:
         if ASM and DOT == tl.bfloat16:
-            bits = tl.inline_asm_elementwise(_spread_fp8(4), "=r,=r,r", [raw], dtype=tl.int16, is_pure=True, pack=4)
+            bits = tl.inline_asm_elementwise(_spread_fp8(4), "=&r,=&r,r", [raw], dtype=tl.int16, is_pure=True, pack=4)
             return bits.to(tl.bfloat16, bitcast=True) * tl.full([1, 1], _FROM_BF16, tl.float32).to(tl.bfloat16)
         elif ASM and DOT == tl.float16:
-            bits = tl.inline_asm_elementwise(_spread_fp8(1), "=r,=r,r", [raw], dtype=tl.int16, is_pure=True, pack=4)
+            bits = tl.inline_asm_elementwise(_spread_fp8(1), "=&r,=&r,r", [raw], dtype=tl.int16, is_pure=True, pack=4)
             return bits.to(tl.float16, bitcast=True)
         else:
             bits = raw.to(tl.int16)

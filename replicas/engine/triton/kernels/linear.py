@@ -18,12 +18,12 @@ def single_rows(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Grid (rows, ceil(N / BLOCK_N)): x [rows, K], weight [N, K] contiguous -> out [rows, N], summed in float32.
+    """Grid (ceil(N / BLOCK_N), rows): x [rows, K], weight [N, K] contiguous -> out [rows, N], summed in float32.
 
     Every thread adds up its own products and they meet once, at the end. WHOLE: BLOCK_N divides N and BLOCK_K K.
     """
-    row = tl.program_id(0).to(tl.int64)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
     for first in range(0, K, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)

@@ -48,7 +48,7 @@ def _place(halves, PLACE: tl.constexpr, BITS: tl.constexpr, NUMBER: tl.constexpr
     if NUMBER == tl.float32:
         if ASM:
             bits = tl.inline_asm_elementwise(
-                _places_as_floats(BITS, PLACE), "=r,=r,r", [halves], dtype=tl.int32, is_pure=True, pack=2
+                _places_as_floats(BITS, PLACE), "=&r,=&r,r", [halves], dtype=tl.int32, is_pure=True, pack=2
             )
         else:
             bits = ((halves.to(tl.int32) >> (BITS * PLACE)) & MASK) | 0x4B000000

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["tokens", "num_seqs", "blocks"])
+@triton.jit(do_not_specialize=["tokens", "num_seqs", "blocks", "table_stride"])
 def pad_step(
     token_ids,
     positions,
