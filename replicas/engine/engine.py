@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import random
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from itertools import zip_longest
@@ -25,15 +26,15 @@ from replicas.engine.deadlines import too_late
 from replicas.engine.detokenizer import Detokenizer
 from replicas.engine.draw import choose_draw
 from replicas.engine.flight import Flight, choose_async, needs_history
-from replicas.engine.graphs import GraphRunner, choose_graphs, choose_padding
+from replicas.engine.graphs import Graph, GraphRunner, choose_graphs, choose_padding
 from replicas.engine.host_cache import build_host_cache, staging_bytes
 from replicas.engine.layout import Layout
-from replicas.engine.loading import Loaded, load
+from replicas.engine.loading import Loaded, load, use_device
 from replicas.engine.memory import choose_num_blocks
 from replicas.engine.meter import Meter
 from replicas.engine.offline import Completion, collect
 from replicas.engine.phases import Phases
-from replicas.engine.rehearsal import measure_steps, run_largest_step
+from replicas.engine.rehearsal import measure_steps, run_largest_steps
 from replicas.engine.sampler import Sampled, Sampler
 from replicas.engine.scheduler import Scheduler, Step
 from replicas.engine.sequence import Group, Sequence, sampled_rows
@@ -59,6 +60,8 @@ from replicas.protocol import (
 
 logger = logging.getLogger(__name__)
 
+_RECORDING = 20.0  # times as long as measuring what is not recorded
+
 
 class Engine:
     """A `protocol.TokenEngine` over real weights. ConfigError where the model or the settings cannot work.
@@ -70,6 +73,7 @@ class Engine:
         self, config: EngineConfig, loaded: Loaded | None = None, speculation: Speculation | None = None
     ) -> None:
         loaded = loaded or load(config)
+        use_device(loaded.device)
         self.config = config
         self.loaded: Loaded = loaded
         self._decoder, self._tokenizer = loaded.decoder, loaded.tokenizer
@@ -78,15 +82,17 @@ class Engine:
         self._sampler = Sampler(loaded.card.eos_token_ids, typical_rule(config.speculative), choose_draw(loaded.device))
         self._random = random.Random(config.seed)
         budget = loaded.max_num_batched_tokens
-        # Before the KV cache, which takes what is left.
-        self._speculation = speculation or build_speculation(config, loaded, self.max_model_len)
+        # Drafts come before the KV cache, which takes what is left. No two recorded steps run at once: one pool of
+        # memory is enough for the model's and the draft's.
+        make_graph = choose_graphs(config.step_graphs, loaded.device, loaded.attention)
+        self._speculation = speculation or build_speculation(config, loaded, self.max_model_len, make_graph)
         bytes_per_block = loaded.kv_bytes_per_token * config.block_size
         num_blocks = choose_num_blocks(
             config,
             loaded.device,
             bytes_per_block,
             self.max_model_len,
-            lambda: run_largest_step(loaded, config, self._sampler) + staging_bytes(config),
+            lambda: run_largest_steps(loaded, config, self._sampler) + staging_bytes(config),
         )
         self._fit_context(num_blocks * config.block_size)
         self._kv = loaded.allocate_kv(num_blocks + 1, config.block_size)  # the last is scratch for padded steps
@@ -97,7 +103,7 @@ class Engine:
             enable_prefix_caching=config.enable_prefix_caching,
             host=self.host_cache.store if self.host_cache else None,
         )
-        self._graphs = self._build_graphs(scratch=num_blocks)
+        self._graphs = self._build_graphs(make_graph, scratch=num_blocks)
         self.scheduler = Scheduler(
             self.pool,
             max_num_seqs=config.max_num_seqs,
@@ -186,6 +192,7 @@ class Engine:
         is begun, so that the device has work while the host waits for tokens and tells of them.
         """
         started = time.perf_counter()
+        use_device(self.loaded.device)  # whichever thread this is
         flight = self._flight
         chunks = self._land() if flight is not None and flight.waits else []
         chunks += self._end_late(self.scheduler.take_late())
@@ -472,8 +479,7 @@ class Engine:
         hidden = self._decoder.hidden(batch, self._kv.layers)
         return self._decoder.logits(hidden), hidden
 
-    def _build_graphs(self, scratch: int) -> GraphRunner | None:
-        make_graph = choose_graphs(self.config.step_graphs, self.loaded.device, self.loaded.attention)
+    def _build_graphs(self, make_graph: Callable[[], Graph] | None, scratch: int) -> GraphRunner | None:
         if make_graph is None:
             return None
         return GraphRunner(
@@ -497,8 +503,14 @@ class Engine:
 
     def measure_steps(self, limit_s: float = 1.0) -> dict[int, float]:
         """Least seconds of steps by their rows, measured now. The engine must be idle."""
+        use_device(self.loaded.device)
         most = min(self.max_model_len, self.pool.num_blocks * self.config.block_size)
-        return measure_steps(self._decoder, self._sampler, self._layout, self._kv.layers, most, limit_s)
+        if self._graphs is None:
+            return measure_steps(self._forward, self._sampler, self._layout, most, most, limit_s)
+        # As steps with drafts are run: several sequences, and recorded in the second round, which takes its time.
+        width = self.config.tokens_per_step
+        most //= -(-width // self.config.block_size) * self.config.block_size
+        return measure_steps(self._graphs, self._sampler, self._layout, most * width, width, _RECORDING * limit_s)
 
 
 def _check_ids(token_ids: Seq[int], vocab_size: int, param: str) -> None:

@@ -68,6 +68,12 @@ class Loaded:
         )
 
 
+def use_device(device: torch.device) -> None:
+    """Make it this thread's: Triton launches on, and torch makes events and streams of, the one that is current."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def load(config: EngineConfig, checkpoint: Checkpoint | None = None, tokenizer: Tokenizer | None = None) -> Loaded:
     """ConfigError for settings that contradict each other or the machine, and for models that cannot be served.
 
@@ -76,6 +82,7 @@ def load(config: EngineConfig, checkpoint: Checkpoint | None = None, tokenizer: 
     _check(config)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
+    use_device(device)
     kv = choose_kv_format(config.kv_cache_dtype, dtype)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)

@@ -37,8 +37,13 @@ def typical_rule(settings: Speculative | None) -> Typical | None:
     return Typical(settings.typical_epsilon, settings.typical_delta)
 
 
-def build_speculation(config: EngineConfig, loaded: Loaded, max_model_len: int) -> Speculation:
-    """Without `config.speculative` one that never guesses. ConfigError for artefacts that do not fit to the model."""
+def build_speculation(
+    config: EngineConfig, loaded: Loaded, max_model_len: int, make_graph: Callable[[], Graph] | None = None
+) -> Speculation:
+    """Without `config.speculative` one that never guesses. ConfigError for artefacts that do not fit to the model.
+
+    make_graph: what records a draft's steps; None runs them as they are.
+    """
     settings = config.speculative
     if settings is None:
         return Speculation((), 0)
@@ -52,7 +57,7 @@ def build_speculation(config: EngineConfig, loaded: Loaded, max_model_len: int) 
         elif method == "medusa":
             proposers.append(_medusa(settings, loaded, ops))
         else:
-            proposers.append(_draft_model(settings, config, loaded, ops, max_model_len))
+            proposers.append(_draft_model(settings, config, loaded, ops, max_model_len, make_graph))
     return Speculation(proposers, settings.max_draft_tokens, adaptive=settings.adaptive)
 
 
@@ -70,7 +75,12 @@ def _medusa(settings: Speculative, loaded: Loaded, ops: Ops) -> Medusa:
 
 
 def _draft_model(
-    settings: Speculative, config: EngineConfig, loaded: Loaded, ops: Ops, max_model_len: int
+    settings: Speculative,
+    config: EngineConfig,
+    loaded: Loaded,
+    ops: Ops,
+    max_model_len: int,
+    make_graph: Callable[[], Graph] | None,
 ) -> DraftModel | StateDraft:
     assert settings.model is not None, "Speculative let draft_model without a model pass"
     target, folder = loaded.decoder, Path(settings.model).expanduser()
@@ -88,7 +98,7 @@ def _draft_model(
             any_revision=settings.any_revision,
             codes=ops.multiplies_quantized and loaded.device.type == "cpu",
         )
-        decoder, make_graph = _decoder(draft, ops, loaded, config, max_model_len, target)
+        decoder, make_graph = _decoder(draft, ops, loaded, config, max_model_len, make_graph, target)
         head = SubsetHead(target, draft.targets, ops)
         if draft.fed_with != STATES:
             return DraftModel(decoder, head, make_graph, **pool)
@@ -102,7 +112,7 @@ def _draft_model(
             param="speculative.model",
         )
     longest = min(max_model_len, checkpoint.config.max_position_embeddings)
-    decoder, make_graph = _decoder(checkpoint, ops, loaded, config, longest)
+    decoder, make_graph = _decoder(checkpoint, ops, loaded, config, longest, make_graph)
     return DraftModel(decoder, _WholeHead(decoder, target.config.vocab_size), make_graph, **pool)
 
 
@@ -112,6 +122,7 @@ def _decoder(
     loaded: Loaded,
     config: EngineConfig,
     max_model_len: int,
+    make_graph: Callable[[], Graph] | None,
     shared: Decoder | None = None,
 ) -> tuple[Decoder, Callable[[], Graph] | None]:
     """The draft's layers, and what records its steps if anything does."""
@@ -125,7 +136,8 @@ def _decoder(
         (checkpoint.config.num_heads, checkpoint.config.num_kv_heads),
     )
     decoder = Decoder(checkpoint, ops, attention, loaded.device, loaded.dtype, max_model_len, shared)
-    return decoder, choose_graphs(config.step_graphs, loaded.device, attention.name)
+    recordable = choose_graphs(config.step_graphs, loaded.device, attention.name) is not None
+    return decoder, make_graph if recordable else None
 
 
 class _WholeHead:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from replicas.engine import rounded_queries
 from replicas.engine.batch import StepBatch
 from replicas.engine.kv_format import LayerCache
 from replicas.engine.triton.device import next_power_of_2
 
 _TILE = 512  # numbers of one half of the heads that a program takes
-_WIDEST_QUERIES = 64  # (token, query head) pairs of one sequence and KV head that a program takes
+_MOST_QUERIES = 64  # (token, query head) pairs of one sequence and KV head that a program takes at once
 _CODES = {"int8": 1, "fp8_e4m3": 2, "fp8_e4m3_head": 2}
 
 
@@ -33,13 +32,11 @@ def rope_and_write(
 
 
 def round_queries(q: Tensor, batch: StepBatch, kv_heads: int) -> tuple[Tensor, Tensor]:
-    """`rounded_queries.round_queries`, the same bits, in one kernel where every sequence brings few tokens."""
+    """`rounded_queries.round_queries`, the same bits, in one kernel."""
     from replicas.engine.triton.kernels.cache import round_queries as kernel
 
     group, dim = q.shape[1] // kv_heads, q.shape[2]
-    rows = next_power_of_2(group * batch.max_query_len)
-    if rows > _WIDEST_QUERIES:
-        return rounded_queries.round_queries(q, batch, kv_heads)
+    rows = min(next_power_of_2(group * batch.max_query_len), _MOST_QUERIES)
     assert q.stride(2) == 1, "the last dimension of q must be contiguous"
     # Zeros: rows of padding that no sequence owns are read as any others.
     codes = torch.zeros(q.shape, dtype=torch.int8, device=q.device)

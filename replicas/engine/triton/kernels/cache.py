@@ -187,21 +187,29 @@ def round_queries(
 ):
     """Grid (sequences, KV heads): e4m3 codes of a sequence's queries of one KV head, over one scale for all of them.
 
-    q [T, Hq, D] -> codes int8 [T, Hq, D] and scales float32 [S, Hk]. A sequence brings at most ROWS / GROUP tokens.
+    q [T, Hq, D] -> codes int8 [T, Hq, D] and scales float32 [S, Hk]. ROWS (token, query head) pairs are taken at once.
     """
     seq = tl.program_id(0)
     kv_head = tl.program_id(1)
     first = tl.load(query_start + seq)
-    count = tl.load(query_start + seq + 1) - first
-    rows = tl.arange(0, ROWS)
+    pairs = (tl.load(query_start + seq + 1) - first) * GROUP
     dims = tl.arange(0, BLOCK_D)
-    token = (first + rows // GROUP).to(tl.int64)
-    head = kv_head * GROUP + rows % GROUP
-    mask = (rows // GROUP < count)[:, None] & (dims < HEAD_DIM)[None, :]
-    at = token * q_token_stride + head * q_head_stride
-    x = tl.load(q + at[:, None] + dims[None, :], mask=mask, other=0.0).to(tl.float32)
+    largest = tl.zeros([ROWS], dtype=tl.float32)
+    for start in range(0, pairs, ROWS):
+        pair = start + tl.arange(0, ROWS)
+        mask = (pair < pairs)[:, None] & (dims < HEAD_DIM)[None, :]
+        at = (first + pair // GROUP).to(tl.int64) * q_token_stride + (kv_head * GROUP + pair % GROUP) * q_head_stride
+        x = tl.load(q + at[:, None] + dims[None, :], mask=mask, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.max(tl.abs(x), axis=1))
     # One number in all rows.
-    scale = _scale_for(tl.zeros([ROWS], dtype=tl.float32) + tl.max(tl.max(tl.abs(x), axis=1), axis=0), LARGEST)
-    out = (token * (tl.num_programs(1) * GROUP) + head) * HEAD_DIM
-    tl.store(codes + out[:, None] + dims[None, :], _encode(x, scale, 2, True, LARGEST), mask=mask)
+    scale = _scale_for(tl.zeros([ROWS], dtype=tl.float32) + tl.max(largest, axis=0), LARGEST)
+    for start in range(0, pairs, ROWS):
+        pair = start + tl.arange(0, ROWS)
+        mask = (pair < pairs)[:, None] & (dims < HEAD_DIM)[None, :]
+        token = (first + pair // GROUP).to(tl.int64)
+        head = kv_head * GROUP + pair % GROUP
+        at = token * q_token_stride + head * q_head_stride
+        x = tl.load(q + at[:, None] + dims[None, :], mask=mask, other=0.0).to(tl.float32)
+        out = (token * (tl.num_programs(1) * GROUP) + head) * HEAD_DIM
+        tl.store(codes + out[:, None] + dims[None, :], _encode(x, scale, 2, True, LARGEST), mask=mask)
     tl.store(scales + seq * tl.num_programs(1) + kv_head, tl.max(scale, axis=0))
