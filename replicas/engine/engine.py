@@ -12,21 +12,20 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from itertools import zip_longest
 
 import torch
 
-from replicas.engine.batch import StepBatch
 from replicas.engine.blocks import BlockPool
 from replicas.engine.config import EngineConfig
 from replicas.engine.deadlines import too_late
 from replicas.engine.detokenizer import Detokenizer
 from replicas.engine.draw import choose_draw
 from replicas.engine.flight import Flight, choose_async, needs_history
-from replicas.engine.graphs import Graph, GraphRunner, choose_graphs, choose_padding
+from replicas.engine.forward import Forward
+from replicas.engine.graphs import choose_graphs
 from replicas.engine.host_cache import build_host_cache, staging_bytes
 from replicas.engine.layout import Layout
 from replicas.engine.loading import Loaded, load, use_device
@@ -103,7 +102,8 @@ class Engine:
             enable_prefix_caching=config.enable_prefix_caching,
             host=self.host_cache.store if self.host_cache else None,
         )
-        self._graphs = self._build_graphs(make_graph, scratch=num_blocks)
+        self._forward = Forward(loaded, config, self._kv, self.max_model_len, num_blocks, make_graph)
+        self._graphs = self._forward.graphs
         self.scheduler = Scheduler(
             self.pool,
             max_num_seqs=config.max_num_seqs,
@@ -128,7 +128,9 @@ class Engine:
             max_model_len=self.max_model_len,
             block_size=config.block_size,
             kv_format=loaded.kv_format,
-            backends=loaded.backends + (f", {self.host_cache}" if self.host_cache else ""),
+            backends=loaded.backends
+            + (", overlapping kernels" if self._forward.overlaps else "")
+            + (f", {self.host_cache}" if self.host_cache else ""),
         )
 
     # ---------------------------------------------------------------- requests
@@ -236,7 +238,7 @@ class Engine:
             self.host_cache.move(step.offloads, step.fetches)
         self._copy_blocks(step.copies)
         batch = self._layout(step.items, self._flight.drawn.tokens if self._flight else None)
-        logits, hidden = self._forward(batch) if self._graphs is None else self._graphs(batch)
+        logits, hidden = self._forward(batch)
         rows = [row for seq, count in step.items for row in sampled_rows(seq, count)]
         self._speculation.computed(rows, hidden)
         drawn = self._sampler.draw(logits, rows)
@@ -474,26 +476,6 @@ class Engine:
             logger.warning("max_model_len lowered from %d to the KV cache's %d", self.max_model_len, pool_tokens)
             self.max_model_len = pool_tokens
 
-    def _forward(self, batch: StepBatch) -> tuple[torch.Tensor, ...]:
-        """Logits and last hidden states of the rows that are wanted."""
-        hidden = self._decoder.hidden(batch, self._kv.layers)
-        return self._decoder.logits(hidden), hidden
-
-    def _build_graphs(self, make_graph: Callable[[], Graph] | None, scratch: int) -> GraphRunner | None:
-        if make_graph is None:
-            return None
-        return GraphRunner(
-            self._forward,
-            make_graph,
-            max_seqs=self.config.max_num_seqs,
-            max_query_len=self.config.tokens_per_step,
-            max_blocks=-(-self.max_model_len // self.config.block_size),
-            block_size=self.config.block_size,
-            scratch=scratch,
-            device=self.loaded.device,
-            pad=choose_padding(self.loaded.device),
-        )
-
     @torch.inference_mode()
     def _copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         if not copies:
@@ -510,7 +492,7 @@ class Engine:
         # As steps with drafts are run: several sequences, and recorded in the second round, which takes its time.
         width = self.config.tokens_per_step
         most //= -(-width // self.config.block_size) * self.config.block_size
-        return measure_steps(self._graphs, self._sampler, self._layout, most * width, width, _RECORDING * limit_s)
+        return measure_steps(self._forward, self._sampler, self._layout, most * width, width, _RECORDING * limit_s)
 
 
 def _check_ids(token_ids: Seq[int], vocab_size: int, param: str) -> None:

@@ -217,6 +217,14 @@ class GraphRunner:
         self.replays += 1
         return self._rows(batch)
 
+    def idle(self) -> StepBatch:
+        """A step of one token that belongs to nobody, in the scratch block."""
+        batch = self._fixed(1, 1)
+        batch.slot_mapping.fill_(self._scratch * self._block_size)
+        batch.query_start[1], batch.context_lens[0] = 1, 1
+        batch.block_tables.fill_(self._scratch)
+        return batch
+
     def counts(self) -> dict[str, int]:
         """Steps that were recorded and replayed, and buckets that could not be recorded."""
         broken = sum(bucket.broken for bucket in self._buckets.values())

@@ -30,7 +30,8 @@ from replicas.engine.triton.device import interpreting
 @dataclass(frozen=True, slots=True)
 class Compiled:
     """One kernel's machine code. local_bytes: stack and spills of a thread. shared_bytes: of a block. loop: opcodes of
-    the longest loop with products, none where there is no such loop."""
+    the longest loop with products, none where there is no such loop. early: of what a kernel that may be launched early
+    asks of memory before it waits."""
 
     kernel: str
     constants: str
@@ -38,6 +39,11 @@ class Compiled:
     local_bytes: int
     shared_bytes: int
     loop: tuple[str, ...]
+    early: tuple[str, ...] = ()
+
+    @property
+    def _early(self) -> str:
+        return f"before waiting: {' '.join(sorted(set(self.early)))}" if self.early else ""
 
     def __str__(self) -> str:
         tensor = [opcode for opcode in self.loop if "MMA" in opcode and not opcode.startswith("HFMA2")]
@@ -46,7 +52,7 @@ class Compiled:
         return (
             f"{self.kernel:18} {self.registers:4} registers {self.local_bytes:5} B local "
             f"{self.shared_bytes:7} B shared {len(self.loop):5} in loop {len(tensor):3} {kind:4} "
-            f"{barriers:2} barriers  {self.constants}"
+            f"{barriers:2} barriers  {', '.join(filter(None, (self.constants, self._early)))}"
         )
 
 
@@ -99,9 +105,9 @@ _PRODUCTS = ("HGMMA", "HMMA", "QGMMA", "IMMA", "FFMA")
 
 
 def _measure(name: str, constants: str, cubin: bytes, shared: int) -> Compiled:
-    usage = _told_by("cuobjdump", cubin, "--dump-resource-usage")
+    usage, code = _told_by("cuobjdump", cubin, "--dump-resource-usage"), _told_by("nvdisasm", cubin, "-c")
     figures = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
-    loops = [loop for loop in loops_of(_told_by("nvdisasm", cubin, "-c")) if any(o.startswith(_PRODUCTS) for o in loop)]
+    loops = [loop for loop in loops_of(code) if any(o.startswith(_PRODUCTS) for o in loop)]
     return Compiled(
         name,
         constants,
@@ -109,6 +115,7 @@ def _measure(name: str, constants: str, cubin: bytes, shared: int) -> Compiled:
         int(figures["STACK"]) + int(figures["LOCAL"]),
         shared,
         max(loops, key=len, default=()),
+        early_accesses(code),
     )
 
 
@@ -123,6 +130,22 @@ def _told_by(tool: str, cubin: bytes, *options: str) -> str:
         return subprocess.run([path, *options, file.name], capture_output=True, text=True, check=True).stdout
 
 
+_INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*);")
+_WAIT, _MEMORY = "ACQBULK", ("LD", "ST", "ATOM", "RED", "CCTL", "UBLK")
+
+
+def early_accesses(disassembly: str) -> tuple[str, ...]:
+    """Opcodes that touch memory before a kernel waits for those in front of it; none for one that never waits.
+
+    Constants, which hold its arguments, are not memory here.
+    """
+    opcodes = [found[1] for line in disassembly.splitlines() if (found := _INSTRUCTION.match(line))]
+    if _WAIT not in opcodes:
+        return ()
+    before = opcodes[: opcodes.index(_WAIT)]
+    return tuple(opcode for opcode in before if opcode.startswith(_MEMORY) and not opcode.startswith("LDC"))
+
+
 def loops_of(disassembly: str) -> list[tuple[str, ...]]:
     """Opcodes between each branch backwards and where it leads, in nvdisasm's text."""
     opcodes: list[str] = []
@@ -131,7 +154,7 @@ def loops_of(disassembly: str) -> list[tuple[str, ...]]:
     for line in disassembly.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
             labels[label[1]] = len(opcodes)
-        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*);", line):
+        elif instruction := _INSTRUCTION.match(line):
             opcodes.append(instruction[1])
             target = re.search(r"\.L_x_\d+", instruction[2])
             if instruction[1].startswith("BRA") and target and target[0] in labels:

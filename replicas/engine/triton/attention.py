@@ -18,6 +18,7 @@ from replicas.engine.batch import StepBatch
 from replicas.engine.kv_format import LayerCache
 from replicas.engine.triton.cache import code_of, write_cache
 from replicas.engine.triton.device import interpreting, multiprocessors, next_power_of_2
+from replicas.engine.triton.overlap import options
 
 _LOG2E = 1.4426950408889634
 _MOST_SPLITS = 64
@@ -161,6 +162,7 @@ class TritonAttention:
             *_strides(q, out, cache, batch),
             WHOLE=splits == 1,
             **_constants(q, cache, tiles, window),
+            **options(),
         )
         if splits > 1:
             merge[(rows, heads)](
@@ -169,6 +171,7 @@ class TritonAttention:
                 HEAD_DIM=dim,
                 BLOCK_D=tiles.block_d,
                 num_warps=4,
+                **options(),
             )
 
 

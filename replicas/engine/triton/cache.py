@@ -8,6 +8,7 @@ from torch import Tensor
 from replicas.engine.batch import StepBatch
 from replicas.engine.kv_format import LayerCache
 from replicas.engine.triton.device import next_power_of_2
+from replicas.engine.triton.overlap import options
 
 _TILE = 512  # numbers of one half of the heads that a program takes
 _MOST_QUERIES = 64  # (token, query head) pairs of one sequence and KV head that a program takes at once
@@ -95,4 +96,5 @@ def _launch(
         HALF=half,
         HEADS=heads,
         num_warps=4 if heads * half >= 256 else 1,
+        **options(),
     )

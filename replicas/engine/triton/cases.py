@@ -14,6 +14,7 @@ from replicas.engine.triton.attention import DECODE, PREFILL, TritonAttention
 from replicas.engine.triton.cache import rope_and_write, round_queries
 from replicas.engine.triton.linear import VARIANTS, TritonLinear
 from replicas.engine.triton.ops import TritonOps
+from replicas.engine.triton.overlap import overlap
 from replicas.engine.triton.quant import TritonQuantizedLinear
 from replicas.engine.triton.sampling import Lots, listed_argmax, noisy_argmax
 from replicas.engine.triton.steps import pad_into
@@ -233,6 +234,16 @@ def sampling_launches(device: torch.device, widths: Sequence[int]) -> Iterator[s
         yield f"sampling from {width}"
 
 
+def early_launches(device: torch.device) -> Iterator[str]:
+    """Small steps' kernels, launched to overlap."""
+    named = {case.name: case for case in ATTENTION}
+    with overlap(True):
+        yield from attention_launches(device, [named["llama-3-8b decode"], named["one long context"]])
+        yield from linear_launches(device, [replace(LINEAR[0], rows=(1,))])
+        yield from plain_launches(device)
+        yield from small_launches(device, _SMALL[:1])
+
+
 def launch_everything(device: torch.device) -> list[str]:
     """Launch each kernel in every form; the names of what was launched."""
     return [
@@ -241,6 +252,7 @@ def launch_everything(device: torch.device) -> list[str]:
         *linear_launches(device),
         *plain_launches(device),
         *small_launches(device, _SMALL),
+        *early_launches(device),
         *sampling_launches(device, _VOCABULARIES),
     ]
 
@@ -255,5 +267,6 @@ def launch_each(device: torch.device) -> list[str]:
         *linear_launches(device, [linear]),
         *plain_launches(device),
         *small_launches(device, _SMALL[:1]),
+        *early_launches(device),
         *sampling_launches(device, _VOCABULARIES[:1]),
     ]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from replicas.engine.triton.crossover import BUCKETS, Crossover, bucket_of
+from replicas.engine.triton.overlap import options
 
 _LIBRARY = "cublas"
 
@@ -62,6 +63,7 @@ class TritonLinear:
             BLOCK_N=variant.outputs,
             BLOCK_K=variant.inputs,
             num_warps=variant.warps,
+            **options(),
         )
         return out
 

@@ -12,6 +12,7 @@ from replicas.engine.triton import quant
 from replicas.engine.triton.crossover import Crossover, device_crossover
 from replicas.engine.triton.device import next_power_of_2
 from replicas.engine.triton.linear import TritonLinear
+from replicas.engine.triton.overlap import options
 
 _TILE = 1024
 
@@ -73,7 +74,7 @@ class TritonOps:
         assert gate_up.is_contiguous(), "gate_up must be contiguous"
         out = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
         if rows:
-            silu_mul[(rows, -(-width // _TILE))](gate_up, out, width, BLOCK=_TILE, num_warps=4)
+            silu_mul[(rows, -(-width // _TILE))](gate_up, out, width, BLOCK=_TILE, num_warps=4, **options())
         return out
 
 
@@ -93,4 +94,5 @@ def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, out: Tensor, eps: 
         ROWS=together,
         BLOCK=block,
         num_warps=8 if block >= 4096 else 4,
+        **options(),
     )

@@ -18,6 +18,7 @@ from replicas.engine.quantized.weight import QuantizedWeight
 from replicas.engine.triton.attention import dot_type
 from replicas.engine.triton.crossover import BUCKETS, Crossover, bucket_of
 from replicas.engine.triton.device import interpreting, multiprocessors, next_power_of_2
+from replicas.engine.triton.overlap import options
 
 _OUTPUTS, _HALVES = 64, 1024  # of a unit of codes: outputs, and numbers of 16 bits
 _TAKEN = 128  # inputs that a program takes at once
@@ -232,6 +233,7 @@ class TritonQuantizedLinear:
             "SPLITS": splits,
             "num_warps": variant.warps,
             "num_stages": variant.stages,
+            **options(),
         }
         grid = (blocks, programs, splits)
         if variant.kernel == "few":

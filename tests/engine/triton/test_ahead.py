@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from replicas.engine.triton.ahead import loops_of
+from replicas.engine.triton.ahead import early_accesses, loops_of
 
 ROOT = Path(__file__).parents[3]
 
@@ -42,16 +42,35 @@ def test_every_kernel_compiles_for_hopper_and_keeps_its_registers(tmp_path: Path
         "best_of_part",
         "best_of_row",
     }
+    overlapping = set()
     for line in lines:
         spilled, shared = (int(re.search(rf"(\d+) B {kind}", line)[1]) for kind in ("local", "shared"))  # type: ignore[index]
         assert shared <= 227 * 1024, f"more shared memory than a Hopper block has: {line}"
         if "DOT=bf16" in line and "BLOCK_D=256" not in line:
             assert spilled == 0, f"registers spill: {line}"
+        if "EARLY=True" in line:
+            asked = line.partition("before waiting: ")[2].split()
+            assert asked in ([], ["CCTL.E.PF2"]), f"more than weights are asked for before waiting: {line}"
+            overlapping.add(line.split()[0])
         if line.startswith("some_rows"):
             # Eight weights a thread and product: under five instructions for each of them.
             spent, products = (int(re.search(rf"(\d+) {what}", line)[1]) for what in ("in loop", "GMMA"))  # type: ignore[index]
             assert products, f"not multiplied by Hopper's tensor cores: {line}"
             assert spent < 40 * products, f"too much is done around the products: {line}"
+    assert overlapping >= {"decode", "merge", "few_rows", "some_rows", "single_rows", "rms_norm", "silu_mul"}
+    assert "rope_and_write" in overlapping
+
+
+def test_what_is_asked_for_before_waiting_is_found() -> None:
+    text = """
+        /*0010*/                   LDC R1, c[0x0][0x28] ;
+        /*0020*/              @!P0 CCTL.E.PF2 [R2.64] ;
+        /*0030*/                   LDG.E R4, desc[UR4][R2.64] ;
+        /*0040*/                   ACQBULK ;
+        /*0050*/                   STG.E desc[UR4][R2.64], R4 ;
+"""
+    assert early_accesses(text) == ("CCTL.E.PF2", "LDG.E")
+    assert early_accesses(text.replace("ACQBULK", "NOP")) == ()
 
 
 def test_loops_are_found_in_a_disassembly() -> None:

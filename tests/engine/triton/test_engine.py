@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from replicas.engine import Engine, SamplingParams, engine, loading
+from replicas.engine import Engine, SamplingParams, engine, forward, loading
 from replicas.engine.ops import TorchOps
 from replicas.engine.reference import Reference
 from replicas.engine.spec import build
@@ -45,7 +45,7 @@ def make_gpu_like(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> M
     for module in (loading, build):
         monkeypatch.setattr(module, "choose_ops", lambda device, dtype: TritonOps(device, dtype))
     monkeypatch.setattr(engine, "choose_draw", GumbelDraw)
-    monkeypatch.setattr(engine, "choose_padding", lambda device: steps.pad_into)
+    monkeypatch.setattr(forward, "choose_padding", lambda device: steps.pad_into)
 
     def make(**settings: Any) -> Engine:
         made = make_engine(

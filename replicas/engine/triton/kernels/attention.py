@@ -14,6 +14,8 @@ two with a float32 scale a token and KV head. DOT is the type in which products 
 import triton
 import triton.language as tl
 
+from replicas.engine.triton.kernels.early import wait_for_others
+
 # An e4m3 code's exponent is biased by 7. Its 7 low bits, moved up by 7, are the float16 of 1/256 of its value, and
 # moved up by 4 the bfloat16 of 2^-120 of it, for subnormals too: no 8-bit float hardware is needed.
 FP8_FACTOR = tl.constexpr(256.0)
@@ -268,12 +270,14 @@ def decode(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     ASM: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Grid (sequences, KV heads, splits): at most QUERIES tokens a sequence, its context in even parts.
 
     The grid depends on nothing that changes from step to step; a part without keys only says so. WHOLE, for one part,
     writes `out`; else parts [T, heads, splits, D], part_peaks and part_totals [T, heads, splits] are left for `merge`.
     """
+    wait_for_others(EARLY)
     seq = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -332,11 +336,13 @@ def merge(
     MOST_SPLITS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Grid (T, heads): the softmax-weighted mean of a row's parts, of which there are at most MOST_SPLITS.
 
     Rows behind the last sequence's, as padding has them, have no parts and become 0.
     """
+    wait_for_others(EARLY)
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     each = tl.arange(0, MOST_SPLITS)

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from triton.language import math as tlm
 
+from replicas.engine.triton.kernels.early import wait_for_others
+
 
 @triton.jit
 def _scale_for(largest, LARGEST: tl.constexpr):
@@ -118,11 +120,13 @@ def rope_and_write(
     HALF_DIM: tl.constexpr,
     HALF: tl.constexpr,
     HEADS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Grid (T, ceil(q_heads / HEADS) + 2 ceil(kv_heads / HEADS)): q is rotated in place, k and v go to their slots.
 
     Without ROTATE there are no programs for q: the grid is (T, 2 ceil(kv_heads / HEADS)).
     """
+    wait_for_others(EARLY)
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     dims = tl.arange(0, HALF)

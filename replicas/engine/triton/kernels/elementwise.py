@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from replicas.engine.triton.kernels.early import wait_for_others
+
 
 @triton.jit(do_not_specialize=["rows"])
 def rms_norm(
@@ -17,11 +19,13 @@ def rms_norm(
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Grid (ceil(rows / ROWS),). out = norm(x) * weight; with ADD of x + residual, which also replaces residual.
 
     out and residual are contiguous [rows, WIDTH]; out may be x.
     """
+    wait_for_others(EARLY)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK)
     mask = (row < rows)[:, None] & (cols < WIDTH)[None, :]
@@ -80,8 +84,9 @@ def rope(
 
 
 @triton.jit
-def silu_mul(gate_up, out, width, BLOCK: tl.constexpr):
+def silu_mul(gate_up, out, width, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     """Grid (T, ceil(width / BLOCK)): silu of the first half of a row times the second."""
+    wait_for_others(EARLY)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = cols < width

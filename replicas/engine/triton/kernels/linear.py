@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from replicas.engine.triton.kernels.early import fetch, wait_for_others
+
 
 @triton.jit
 def single_rows(
@@ -17,6 +19,7 @@ def single_rows(
     WHOLE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Grid (ceil(N / BLOCK_N), rows): x [rows, K], weight [N, K] contiguous -> out [rows, N], summed in float32.
 
@@ -25,6 +28,10 @@ def single_rows(
     row = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
+    # Lines of 64 numbers of 16 bits, or half as many of 32: the first block's, none behind the weight's last.
+    line = tl.minimum(n, N - 1).to(tl.int64)[:, None] * K + tl.minimum(tl.arange(0, BLOCK_K // 64) * 64, K - 1)[None, :]
+    fetch(weight + line, EARLY)
+    wait_for_others(EARLY)
     for first in range(0, K, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         at = weight + n.to(tl.int64)[:, None] * K + k[None, :]

@@ -17,6 +17,8 @@ scale * (code - 2^(BITS - 1)). 1, zero points: scale * (code - zero). 2, minima:
 import triton
 import triton.language as tl
 
+from replicas.engine.triton.kernels.early import fetch, wait_for_others
+
 
 @triton.constexpr_function
 def _places_as_floats(bits, place):
@@ -99,6 +101,15 @@ def _load(codes, first_tile, first_unit, units, UNITS: tl.constexpr, TILES: tl.c
     tile = (first_tile + tl.arange(0, TILES)).to(tl.int64)[:, None, None]
     unit = (first_unit + tl.arange(0, UNITS))[None, :, None]
     return tl.load(codes + (tile * units + unit) * 1024 + tl.arange(0, 1024)[None, None, :])
+
+
+@triton.jit
+def _fetch_first(codes, first_tile, first_unit, units, UNITS: tl.constexpr, TILES: tl.constexpr, EARLY: tl.constexpr):
+    """Have the first four steps' codes on their way before anything else can be done."""
+    tile = (first_tile + tl.arange(0, TILES)).to(tl.int64)[:, None]
+    # Lines of 64 halves, none behind the tile's last.
+    line = tl.minimum(first_unit * 1024 + tl.arange(0, 64 * UNITS)[None, :] * 64, units * 1024 - 64)
+    fetch(codes + tile * units * 1024 + line, EARLY)
 
 
 @triton.jit
@@ -203,6 +214,7 @@ def some_rows(
     NUMBER: tl.constexpr,
     PRECISION: tl.constexpr,
     ASM: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Grid (rows / BLOCK_M, N / (64 TILES), SPLITS): x [rows, K] -> out [rows, N], on tensor cores. Programs that read
     the same weights are neighbours.
@@ -217,8 +229,10 @@ def some_rows(
     acc = tl.zeros([64 * TILES, BLOCK_M], dtype=tl.float32)
     steps = units // UNITS
     share = tl.cdiv(steps, SPLITS)
-    begin = tl.program_id(2) * share
-    for step in range(begin, tl.minimum(begin + share, steps)):
+    first_step = tl.program_id(2) * share
+    _fetch_first(codes, first_tile, first_step * UNITS, units, UNITS, TILES, EARLY)
+    wait_for_others(EARLY)
+    for step in range(first_step, tl.minimum(first_step + share, steps)):
         halves = _load(codes, first_tile, step * UNITS, units, UNITS, TILES)
         k = step * KEPT + tl.arange(0, KEPT)
         there = (m < rows)[None, :]
@@ -263,6 +277,7 @@ def few_rows(
     SPLITS: tl.constexpr,
     UNITS: tl.constexpr,
     ASM: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Grid (rows, N / 64, SPLITS): as `some_rows`, in float32 and without tensor cores, a row in each program.
 
@@ -275,8 +290,10 @@ def few_rows(
     acc = tl.zeros([64, KEPT], dtype=tl.float32)
     steps = units // UNITS
     share = tl.cdiv(steps, SPLITS)
-    begin = tl.program_id(2) * share
-    for step in range(begin, tl.minimum(begin + share, steps)):
+    first_step = tl.program_id(2) * share
+    _fetch_first(codes, tile, first_step * UNITS, units, UNITS, 1, EARLY)
+    wait_for_others(EARLY)
+    for step in range(first_step, tl.minimum(first_step + share, steps)):
         halves = _load(codes, tile, step * UNITS, units, UNITS, 1)
         k = step * KEPT + tl.arange(0, KEPT)
         if WHOLE:

@@ -1,0 +1,110 @@
+"""Kernels that begin while the one in front of them ends (programmatic dependent launch, compute capability 9.0).
+
+In a small step a layer is ten short kernels, and between one's last program and the next one's first the device does
+nothing for about as long as some of them take. A kernel that is launched so gets its programs in place before, may ask
+for weights, which nobody writes, and then waits until all that was launched before it is done and seen. As every kernel
+waits, a kernel may rely on everything in front of the one in front of it too.
+
+Whether it is right and pays is tried on the device (`choose_overlap`): on the same step, recorded both ways.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from replicas.engine.graphs import Graph
+
+logger = logging.getLogger(__name__)
+
+_LEAST_CAPABILITY = (9, 0)
+_LEAST_GAIN = 0.01
+_REPLAYS, _TRIES = 4, 9
+
+
+class _State(threading.local):
+    on = False
+
+
+_state = _State()
+
+
+@contextmanager
+def overlap(on: bool) -> Iterator[None]:
+    """Launches of this thread inside overlap, or do not."""
+    before, _state.on = _state.on, on
+    try:
+        yield
+    finally:
+        _state.on = before
+
+
+def options() -> dict[str, Any]:
+    """What a launch of a kernel that can begin early is given beside its own constants."""
+    return {"EARLY": True, "launch_pdl": True} if _state.on else {"EARLY": False}
+
+
+def choose_overlap(
+    compute: Callable[[], Tensor],
+    make_graph: Callable[[], Graph] | None,
+    device: torch.device,
+    seconds: Callable[[Callable[[], None]], float] | None = None,
+) -> bool:
+    """Whether recorded steps should overlap: if that gives the same bits, time after time, and is faster.
+
+    compute: a small step on memory that nobody uses -> its results. seconds: times a call; None: on the device.
+    """
+    if make_graph is None or device.type != "cuda" or torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
+        return False
+    try:
+        times, results = [], []
+        for on in (False, True):
+            graph, kept = _recorded(compute, make_graph(), on)
+            found = []
+            for _ in range(_REPLAYS):
+                graph.replay()
+                found.append(kept[0].clone())
+            results += found
+            times.append((seconds or _device_s)(graph.replay))
+    except RuntimeError as error:
+        logger.warning("kernels do not overlap: %s", error)
+        return False
+    same = all(torch.equal(results[0], result) for result in results[1:])
+    plain, early = times
+    logger.info("a step of one token takes %.3f ms, %.3f with overlapping kernels", 1e3 * plain, 1e3 * early)
+    if not same:
+        logger.warning("kernels do not overlap: results differ when they do")
+    return same and early < (1 - _LEAST_GAIN) * plain
+
+
+def _recorded(compute: Callable[[], Tensor], graph: Graph, on: bool) -> tuple[Graph, list[Tensor]]:
+    kept: list[Tensor] = []
+
+    def work() -> None:
+        with overlap(on):
+            result = compute()
+        if kept:
+            kept[0].copy_(result)
+        else:
+            kept.append(result.clone())
+
+    work()  # compiles, and makes room for the results outside of the graph's memory
+    graph.record(work)
+    return graph, kept
+
+
+def _device_s(call: Callable[[], None]) -> float:
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(_TRIES)]  # type: ignore[no-untyped-call]
+    for start, end in pairs:
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(float(start.elapsed_time(end)) for start, end in pairs) / 1e3
