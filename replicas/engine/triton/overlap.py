@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 _LEAST_CAPABILITY = (9, 0)
 _LEAST_GAIN = 0.01
-_REPLAYS, _TRIES = 4, 9
+_REPLAYS, _TRIES = 8, 9
 
 
 class _State(threading.local):
