@@ -24,6 +24,9 @@ _SORTED_WHOLE = 1 << 22  # logits in all: 32 rows of 128k
 
 # (probabilities, float64 [N, W]; their token ids, int64 [N, W]; the rows' lots [N]) -> token ids, int64 [N].
 Pick: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+# Draws, into `chosen` int64 [N], for rows for which the likeliest tokens were not enough, without saying which: (logits
+# [N, V]; temperature, min_p, top_k, top_p, [4, N, 1]; the rows' lots [N]; bool [N], whether they were enough; chosen).
+Rest: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
 
 
 class Draw(Protocol):
@@ -124,12 +127,12 @@ def _invert(probs: Tensor, lots: Tensor) -> Tensor:
 # ---------------------------------------------------------------- the likeliest tokens
 
 
-def draw_limited(logits: Tensor, rows: Seq[Row], lots: Tensor, pick: Pick) -> Tensor:
+def draw_limited(logits: Tensor, rows: Seq[Row], lots: Tensor, pick: Pick, rest: Rest | None = None) -> Tensor:
     """Pick from the tokens that min_p leaves, of those the top_k likeliest, of those the smallest set whose mass
     reaches top_p. Each is a prefix of the row sorted by logits.
 
     Sorting 50,000 logits costs as much as a layer, so only the first 1,024 are put in order; rows that turn out to need
-    more are done again, sorted whole.
+    more are left to `rest`, or done again, sorted whole.
     """
     vocab = logits.shape[-1]
     asked = [row.sampling for row in rows]
@@ -141,10 +144,21 @@ def draw_limited(logits: Tensor, rows: Seq[Row], lots: Tensor, pick: Pick) -> Te
         [params.top_p for params in asked],
     ]
     columns = staged(limits, logits.device, torch.float64).unsqueeze(-1)
+    if rest is not None:
+        few = min(_SORTED_FIRST, vocab)
+        return _from_likeliest(logits, columns, lots, pick, few, max(most) <= few or few == vocab, rest)
     return _from_likeliest(logits, columns, lots, pick, *_width(vocab, most, logits.device))
 
 
-def _from_likeliest(logits: Tensor, limits: Tensor, lots: Tensor, pick: Pick, width: int, certain: bool) -> Tensor:
+def _from_likeliest(
+    logits: Tensor,
+    limits: Tensor,
+    lots: Tensor,
+    pick: Pick,
+    width: int,
+    certain: bool,
+    rest: Rest | None = None,
+) -> Tensor:
     """limits: temperature, min_p, top_k, top_p, [4, N, 1]. certain: no row can need more than `width` tokens."""
     temperature, min_p, top_k, top_p = limits
     values, ids = logits.topk(width, dim=-1)
@@ -163,9 +177,13 @@ def _from_likeliest(logits: Tensor, limits: Tensor, lots: Tensor, pick: Pick, wi
     enough = ((top_k <= width) | ((top_k == logits.shape[-1]) & (mass[:, -1:] >= top_p))).squeeze(1)
     # Drop a token when the mass before it has reached top_p already; the first always stays.
     chosen = pick(probs.masked_fill((mass - probs >= top_p) & (top_p < 1), 0.0), ids, lots)
-    if not certain and not enough.all():
-        rest = ~enough
-        chosen[rest] = _from_likeliest(logits[rest], limits[:, rest], lots[rest], pick, logits.shape[-1], True)
+    if certain:
+        return chosen
+    if rest is not None:
+        rest(logits, limits, lots, enough, chosen)
+    elif not enough.all():
+        more = ~enough
+        chosen[more] = _from_likeliest(logits[more], limits[:, more], lots[more], pick, logits.shape[-1], True)
     return chosen
 
 

@@ -20,7 +20,7 @@ from replicas.engine.triton.cases import ATTENTION, LINEAR, AttentionCase, Linea
 from replicas.engine.triton.noise import gumbel
 from replicas.engine.triton.ops import TritonOps
 from replicas.engine.triton.quant import VARIANTS, TritonQuantizedLinear
-from replicas.engine.triton.sampling import Lots, listed_argmax, noisy_argmax, row_key
+from replicas.engine.triton.sampling import Lots, draw_rest, listed_argmax, noisy_argmax, row_key
 
 LIMITS = {torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
@@ -158,6 +158,24 @@ def check_sampling(
             listed_argmax(logits, ids, keys, out, parts)
             at = (ids == out[:, None]).to(torch.uint8).argmax(dim=1)
             yield Measured(f"sampling of listed, {rows} x {width}, {parts} parts", _short(listed, at), 1e-4)
+        yield Measured(f"sampling by thresholds, {width}", _short_by_thresholds(logits[:3], keys[:3]), 1e-4)
+
+
+def _short_by_thresholds(logits: Tensor, keys: Tensor) -> float:
+    """`_short` of draws from a third of the tokens, the likeliest, and of those from nine tenths of the mass."""
+    rows, width = logits.shape
+    most = max(width // 3, 1)
+    limits = torch.tensor([1.0, 0.0, float(most), 0.9], device=logits.device).view(4, 1).expand(4, rows)
+    drawn = torch.full((rows,), -1, device=logits.device)
+    draw_rest(logits, limits, keys, torch.zeros(rows, device=logits.device), drawn)
+    exact = logits.double().cpu().numpy()
+    order = (-exact).argsort(axis=1)[:, :most]
+    mass = np.exp(np.take_along_axis(exact - exact.max(axis=1, keepdims=True), order, axis=1))
+    before = (mass.cumsum(axis=1) - mass) / mass.sum(axis=1, keepdims=True)
+    noisy = np.full_like(exact, -np.inf)
+    kept = np.take_along_axis(exact + gumbel(keys.cpu().numpy(), np.arange(width)), order, axis=1)
+    np.put_along_axis(noisy, order, np.where(before < 0.9, kept, -np.inf), axis=1)
+    return _short(noisy, drawn)
 
 
 def _short(noisy: NDArray[np.float64], taken: Tensor) -> float:

@@ -16,7 +16,7 @@ from replicas.engine.triton.linear import VARIANTS, TritonLinear
 from replicas.engine.triton.ops import TritonOps
 from replicas.engine.triton.overlap import overlap
 from replicas.engine.triton.quant import TritonQuantizedLinear
-from replicas.engine.triton.sampling import Lots, listed_argmax, noisy_argmax
+from replicas.engine.triton.sampling import Lots, draw_rest, listed_argmax, noisy_argmax
 from replicas.engine.triton.steps import pad_into
 
 
@@ -231,6 +231,7 @@ def sampling_launches(device: torch.device, widths: Sequence[int]) -> Iterator[s
         logits = torch.zeros(3, width, device=device)
         noisy_argmax(logits, Lots(keys, keys, logits[:, 0] + 1, logits[:, 0]), out, parts=4)
         listed_argmax(logits, torch.arange(width, device=device).repeat(3, 1), keys, out, parts=4)
+        draw_rest(logits, torch.ones(4, 3, device=device), keys, torch.zeros(3, device=device), out)
         yield f"sampling from {width}"
 
 

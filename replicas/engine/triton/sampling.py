@@ -14,7 +14,7 @@ from replicas.engine.sequence import Row
 from replicas.engine.staging import staged, staged_together
 from replicas.engine.triton.device import multiprocessors
 
-_TILE = 1024
+_TILE, _REST_TILE = 1024, 2048
 _PARTS = 128  # looked at together when a row's parts are compared
 _PROGRAMS = 8  # for each multiprocessor, so that few rows fill the device too
 
@@ -54,7 +54,7 @@ class GumbelDraw:
             places, of_them = staged(limited, device), [rows[i] for i in limited]
             keys = staged([row_key(row.seed, row.index, row.num_output) for row in of_them], device)
             few = logits if len(limited) == len(rows) else logits[places]
-            chosen[places] = draw_limited(few, of_them, keys, self._pick)
+            chosen[places] = draw_limited(few, of_them, keys, self._pick, draw_rest)
         return chosen
 
     def _lots(self, logits: Tensor, rows: Seq[Row], whole: list[int]) -> Lots:
@@ -83,6 +83,21 @@ class GumbelDraw:
         out = torch.empty(len(keys), dtype=torch.int64, device=keys.device)
         listed_argmax(probs.log().float(), ids, keys, out, self._parts(ids.shape[1], len(keys)))
         return out
+
+
+def draw_rest(logits: Tensor, limits: Tensor, keys: Tensor, done: Tensor, chosen: Tensor) -> None:
+    """chosen [N]: a draw for rows of logits [N, V] that are not `done`. See `draw.Rest`; waits for nothing."""
+    from replicas.engine.triton.kernels.sampling import draw_rest as kernel
+
+    assert logits.stride(1) == 1, "the last dimension of logits must be contiguous"
+    rows, vocab = logits.shape
+    if rows:
+        of_rows = limits.reshape(4, rows).float().contiguous()
+        kernel[(rows,)](
+            *(logits, done.to(torch.int8), keys, of_rows, chosen, vocab, logits.stride(0), rows),
+            TILE=_REST_TILE,
+            num_warps=8,
+        )
 
 
 def noisy_argmax(logits: Tensor, lots: Lots, out: Tensor, parts: int) -> None:

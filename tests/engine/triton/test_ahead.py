@@ -30,6 +30,7 @@ def test_every_kernel_compiles_for_hopper_and_keeps_its_registers(tmp_path: Path
         "merge",
         "rope_and_write",
         "round_queries",
+        "draw_rest",
         "rope",
         "rms_norm",
         "silu_mul",

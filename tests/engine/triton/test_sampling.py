@@ -26,6 +26,7 @@ from tests.engine.conftest import MakeEngine
 from tests.engine.test_sampler import Unasked, any_params, expected_probs, logits_of, sequence
 
 CPU = torch.device("cpu")
+
 NEAR_TIE = 2e-5  # what float32 may confuse
 
 
@@ -152,13 +153,18 @@ def test_a_row_draws_the_same_token_whatever_shares_its_batch(data: st.DataObjec
         assert alone.token_id == together[i].token_id
 
 
-@settings(max_examples=12, deadline=None)
-@given(data=st.data(), seed=st.integers(0, 99))
-def test_limits_leave_the_greatest_of_the_allowed_tokens_noise_as_it_is(data: st.DataObject, seed: int) -> None:
+@settings(max_examples=20, deadline=None)
+@given(data=st.data(), seed=st.integers(0, 99), head=st.sampled_from([1024, 2]))
+def test_limits_leave_the_greatest_of_the_allowed_tokens_noise_as_it_is(
+    data: st.DataObject, seed: int, head: int
+) -> None:
+    """head: tokens that are put in order; who needs more is drawn for by thresholds."""
     limits = {"temperature": [0.5, 1.0, 3.0], "top_k": [0, 3, 20], "top_p": [1.0, 0.9, 0.5], "min_p": [0.0, 0.05, 0.3]}
     asked = [{name: data.draw(st.sampled_from(some)) for name, some in limits.items()} for _ in range(4)]
     rows, logits = [sequence(seed=seed + i, **params) for i, params in enumerate(asked)], logits_of(seed, rows=4)
-    sampled = Sampler([], draw=GumbelDraw(CPU))(logits.clone(), rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(draw, "_SORTED_FIRST", head)
+        sampled = Sampler([], draw=GumbelDraw(CPU))(logits.clone(), rows)
     keys = np.array([row_key(row.seed, row.index, row.num_output) for row in rows])
     noisy = logits.double().numpy() / np.array([[params["temperature"]] for params in asked])
     noisy += gumbel(keys, np.arange(logits.shape[1]))
@@ -188,10 +194,14 @@ def assert_follows(counts: NDArray[np.int64], probs: NDArray[np.float64]) -> Non
         {"top_k": 5},
         {"temperature": 0.6, "top_p": 0.9},
         {"temperature": 1.4, "top_k": 9, "top_p": 0.9, "min_p": 0.01},
+        {"temperature": 1.4, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "head": 2},
+        {"temperature": 0.6, "top_p": 0.9, "head": 2},
     ],
 )
-def test_draws_follow_the_distribution(params: dict[str, Any]) -> None:
-    logits, draws = logits_of(3), 250
+def test_draws_follow_the_distribution(params: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    params, draws = dict(params), 80 if "head" in params else 250  # thresholds take an interpreter long
+    monkeypatch.setattr(draw, "_SORTED_FIRST", params.pop("head", 1024))
+    logits = logits_of(3)
     rows = [sequence(seed=seed, **params) for seed in range(draws)]
     sampled = Sampler([], draw=GumbelDraw(CPU))(logits.expand(draws, -1).clone(), rows)
     counts = np.bincount([one.token_id for one in sampled], minlength=logits.shape[1])
@@ -208,10 +218,50 @@ def test_noise_of_many_rows_follows_the_distribution(what: str) -> None:
 
 
 def test_a_nucleus_wider_than_the_sorted_head_is_drawn_from_whole() -> None:
-    rows = [sequence(seed=i, top_p=0.999) for i in range(20)]
-    tokens = {one.token_id for one in Sampler([], draw=GumbelDraw(CPU))(torch.zeros(20, 5000), rows)}
-    assert len(tokens) > 15
+    rows = [sequence(seed=i, top_p=0.999) for i in range(5)]
+    tokens = {one.token_id for one in Sampler([], draw=GumbelDraw(CPU))(torch.zeros(5, 5000), rows)}
+    assert len(tokens) > 3
     assert max(tokens) > 1024
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    width=st.integers(1, 150),
+    steps=st.sampled_from([2, 9, 1000]),
+    temperature=st.sampled_from([0.3, 1.0, 2.5]),
+    top_k=st.integers(1, 90),
+    top_p=st.sampled_from([0.0, 0.2, 0.7, 0.97, 1.0]),
+    min_p=st.sampled_from([0.0, 0.01, 0.4]),
+    seed=st.integers(0, 99),
+)
+def test_thresholds_let_equals_in_or_out_together(
+    width: int, steps: int, temperature: float, top_k: int, top_p: float, min_p: float, seed: int
+) -> None:
+    """Against sums over what is likelier, token by token; few different logits, so that many are equal."""
+    chance = np.random.default_rng(seed)
+    logits = (chance.integers(-steps, steps, (3, width)) * (6 / steps)).astype(np.float32)
+    logits[0, 1:] = np.where(chance.random(width - 1) < 0.2, -np.inf, logits[0, 1:])
+    keys, done = keys_of(3, seed), torch.tensor([False, True, False])
+    limits = torch.tensor([temperature, min_p, float(min(top_k, width)), top_p]).double().view(4, 1, 1).expand(4, 3, 1)
+    chosen = torch.full((3,), -7)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "_REST_TILE", 64)  # rows of several tiles
+        sampling.draw_rest(torch.from_numpy(logits), limits, keys, done, chosen)
+    assert chosen[1] == -7, "a row that had enough was drawn for again"
+    noise = gumbel(keys.numpy(), np.arange(width))
+    for row in (0, 2):
+        line = logits[row].astype(np.float64) / temperature
+        mass = np.exp(line - line.max())
+        kept = mass >= min_p * (1 - 1e-6)
+        likelier = line[None, :] > line[:, None]
+        kept &= (likelier & kept).sum(axis=1) < top_k
+        before = (likelier * np.where(kept, mass, 0.0)).sum(axis=1) / mass[kept].sum()
+        if (np.abs(before - top_p) < 1e-5).any() or (np.abs(mass - min_p) < 1e-5).any():
+            continue  # float32 may find either
+        if top_p < 1:
+            kept &= (before < top_p) | (line == line.max())
+        noisy = np.where(kept, line + noise[row], -np.inf)
+        assert noisy.max() - noisy[chosen[row]] <= NEAR_TIE
 
 
 def test_guesses_change_nothing_where_noise_draws(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,9 +278,10 @@ def test_guesses_change_nothing_where_noise_draws(make_engine: MakeEngine, monke
     assert 0 < stats.spec_decode_num_accepted_tokens < stats.spec_decode_num_draft_tokens
 
 
-def test_drawing_asks_the_device_nothing() -> None:
-    limits = [{}, {"temperature": 0}, {"min_p": 0.1}, {"top_k": 7}, {"top_p": 0.9, "logprobs": 3}]
+def test_drawing_asks_the_device_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = [{}, {"temperature": 0}, {"min_p": 0.1}, {"top_k": 7}, {"top_p": 0.9, "logprobs": 3}, {"top_p": 0.99}]
     rows = [sequence((3,), seed=i, drafts=[i], **limit) for i, limit in enumerate(limits)]
+    monkeypatch.setattr(draw, "_SORTED_FIRST", 2)  # the last nucleus is wider
     with Unasked():
         drawn = Sampler([0], Typical(0.3, 0.3), GumbelDraw(CPU)).draw(logits_of(1, rows=len(rows)), rows)
     assert len(drawn.read()) == len(rows)

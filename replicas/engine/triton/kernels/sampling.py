@@ -116,3 +116,84 @@ def best_of_row(ids, places, best, found, out, parts, width, LISTED: tl.constexp
         tl.store(out + row, tl.load(ids + row * width + column))
     else:
         tl.store(out + tl.load(places + row), column.to(tl.int64))
+
+
+@triton.jit
+def _ordered(value):
+    """float32 -> uint32 in the same order."""
+    bits = value.to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) | -0x80000000)).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _least(line, width, floor, peak, sharp, target, COUNTED: tl.constexpr, TILE: tl.constexpr):
+    """The least uint32 v for which what lies above v, of logits from `floor` on in `_ordered`, is less than target.
+
+    What lies there is counted, or its softmax mass added up, times that of the greatest, `peak`. Three bits of v are
+    found in a walk over the row, so eleven walks find all.
+    """
+    base = tl.full([], 0, tl.int64)
+    pivots = tl.arange(0, 8)
+    for walk in range(11):
+        step = tl.full([], 1, tl.int64) << (30 - 3 * walk)
+        limits = tl.minimum(base + (pivots + 1) * step - 1, 0xFFFFFFFF).to(tl.uint32)
+        above = tl.zeros([8, TILE], dtype=tl.float32)
+        for first in range(0, width, TILE):
+            cols = first + tl.arange(0, TILE)
+            value = tl.load(line + cols, mask=cols < width, other=float("-inf")).to(tl.float32)
+            order = _ordered(value)
+            weight = tl.where(order >= floor, 1.0 if COUNTED else tl.exp((value - peak) * sharp), 0.0)
+            weight = tl.where(cols < width, weight, 0.0)
+            above += tl.where(order[None, :] > limits[:, None], weight[None, :], 0.0)
+        enough = (tl.sum(above, axis=1) >= target) & (pivots < 7)
+        base += tl.sum(enough.to(tl.int64), axis=0) * step
+    return tl.minimum(base, 0xFFFFFFFF).to(tl.uint32)
+
+
+@triton.jit(do_not_specialize_on_alignment=["done", "keys", "limits"])
+def draw_rest(logits, done, keys, limits, out, width, stride, rows, TILE: tl.constexpr):
+    """Grid (N,): for rows that are not done, a token at their temperature, min_p, top_k and top_p, limits [4, N].
+
+    What is drawn from is found by thresholds, in whatever order: tokens with fewer than top_k likelier ones, and of
+    those such with less than top_p of the mass before them. Equals are in or out together.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    if tl.load(done + row) == 0:
+        line = logits + row * stride
+        sharp = 1.0 / tl.load(limits + row)
+        min_p = tl.load(limits + rows + row)
+        top_k = tl.load(limits + 2 * rows + row)
+        top_p = tl.load(limits + 3 * rows + row)
+        key = tl.load(keys + row)
+        tops = tl.full([TILE], float("-inf"), tl.float32)
+        for first in range(0, width, TILE):
+            cols = first + tl.arange(0, TILE)
+            tops = tl.maximum(tops, tl.load(line + cols, mask=cols < width, other=float("-inf")).to(tl.float32))
+        peak = tl.max(tops, axis=0)
+        peak = tl.where(peak == float("-inf"), 0.0, peak)  # of nothing but that: inf - inf is no number
+        floor = tl.full([], 0, tl.uint32)
+        if min_p > 0:
+            floor = _ordered(peak + tl.log(min_p) / sharp)
+        if top_k < width:
+            floor = tl.maximum(floor, _least(line, width, floor, peak, sharp, top_k, True, TILE))
+        if top_p < 1:
+            mass = tl.zeros([TILE], dtype=tl.float32)
+            for first in range(0, width, TILE):
+                cols = first + tl.arange(0, TILE)
+                value = tl.load(line + cols, mask=cols < width, other=float("-inf")).to(tl.float32)
+                mass += tl.where(_ordered(value) >= floor, tl.exp((value - peak) * sharp), 0.0)
+            target = top_p * tl.sum(mass, axis=0)
+            floor = tl.maximum(floor, _least(line, width, floor, peak, sharp, target, False, TILE))
+        floor = tl.minimum(floor, _ordered(tl.max(tops, axis=0)))  # the likeliest always stays
+        best = tl.full([TILE], float("-inf"), tl.float32)
+        where = tl.full([TILE], 0x7FFFFFFF, tl.int32)
+        for first in range(0, width, TILE):
+            cols = first + tl.arange(0, TILE)
+            value = tl.load(line + cols, mask=cols < width, other=float("-inf")).to(tl.float32)
+            noisy = value * sharp + gumbel(word_of_token(key, cols))
+            better = (_ordered(value) >= floor) & (cols < width) & (noisy > best)
+            best = tl.where(better, noisy, best)
+            where = tl.where(better, cols, where)
+        greatest = tl.max(best, axis=0)
+        column = tl.min(tl.where(best == greatest, where, 0x7FFFFFFF), axis=0)
+        tl.store(out + row, tl.minimum(column, width - 1).to(tl.int64))
