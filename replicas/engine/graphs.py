@@ -22,6 +22,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -67,14 +68,21 @@ class CudaGraphs:
 
     def __init__(self) -> None:
         self._pool: Any = None
+        self._recorded: WeakSet[_CudaGraph] = WeakSet()
 
     def __call__(self) -> Graph:
         return _CudaGraph(self)
 
     @property
     def pool(self) -> Any:
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        # Torch gives a pool up with the last graph of it, and refuses to record into one that it gave up.
+        if self._pool is None or not self._recorded:
+            self._pool = torch.cuda.graph_pool_handle()
         return self._pool
+
+    def add(self, graph: _CudaGraph) -> None:
+        """It was recorded, and keeps the pool alive as long as it lives."""
+        self._recorded.add(graph)
 
 
 class _CudaGraph:
@@ -90,6 +98,7 @@ class _CudaGraph:
                 work()
         finally:
             torch.cuda.set_stream(stream)  # where recording fails at its end, torch does not return to it
+        self._graphs.add(self)
 
     def replay(self) -> None:
         self._graph.replay()

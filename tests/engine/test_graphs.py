@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from replicas.engine.batch import StepBatch
-from replicas.engine.graphs import EagerGraph, GraphRunner, bucket_sizes, reserved_bytes
+from replicas.engine.graphs import CudaGraphs, EagerGraph, GraphRunner, bucket_sizes, reserved_bytes
 
 BLOCK, SCRATCH = 4, 9
 
@@ -165,3 +166,51 @@ def test_memory_kept_for_graphs_grows_with_rows_and_buckets() -> None:
     one = reserved_bytes(1, 1, row_bytes=10, activation_bytes=100)
     assert reserved_bytes(64, 1, 10, 100) > one
     assert reserved_bytes(64, 5, 10, 100) > reserved_bytes(64, 1, 10, 100) + 4 * 64 * 110
+
+
+class FakeCuda:
+    """As much of torch.cuda as recording touches: which pool each recording was given, and where streams stand."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.pools: list[int] = []
+        self.stream, self.failing = "own", False
+        patch.setattr(torch.cuda, "CUDAGraph", object)
+        patch.setattr(torch.cuda, "synchronize", lambda: None)
+        patch.setattr(torch.cuda, "current_stream", lambda: self.stream)
+        patch.setattr(torch.cuda, "set_stream", lambda stream: setattr(self, "stream", stream))
+        patch.setattr(torch.cuda, "graph_pool_handle", iter(range(99)).__next__)
+        patch.setattr(torch.cuda, "graph", self.graph)
+
+    @contextmanager
+    def graph(self, graph: object, pool: int, capture_error_mode: str) -> Iterator[None]:
+        self.pools.append(pool)
+        self.stream = "capturing"
+        yield
+        if self.failing:
+            raise RuntimeError("out of memory at the end of recording")
+        self.stream = "own"
+
+
+def test_graphs_share_a_pool_as_long_as_one_of_them_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recording into a pool that was given up is an error in torch: every later step would be launched one by one."""
+    cuda, graphs = FakeCuda(monkeypatch), CudaGraphs()
+    first, second = graphs(), graphs()
+    first.record(lambda: None)
+    second.record(lambda: None)
+    del first
+    third = graphs()
+    third.record(lambda: None)
+    del second, third
+    graphs().record(lambda: None)
+    assert cuda.pools == [0, 0, 0, 1]
+
+
+def test_a_recording_that_fails_leaves_neither_its_stream_nor_its_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, graphs = FakeCuda(monkeypatch), CudaGraphs()
+    cuda.failing = True
+    with pytest.raises(RuntimeError, match="out of memory"):
+        graphs().record(lambda: None)
+    assert cuda.stream == "own"
+    cuda.failing = False
+    graphs().record(lambda: None)
+    assert cuda.pools == [0, 1]
