@@ -172,6 +172,10 @@ class LinearCase:
 LINEAR = (
     LinearCase(name="AWQ, GPTQ"),
     LinearCase(name="int8", bits=8, group=1 << 20, origin="none"),
+    LinearCase(name="groups of 64", group=64, rows=(1, 16, 100)),
+    LinearCase(name="Q4_0", group=32, origin="none", rows=(1, 16, 100)),
+    LinearCase(name="Q4_1", group=32, origin="mins", rows=(1, 100)),
+    LinearCase(name="Q8_0", bits=8, group=32, origin="none", rows=(1, 100)),
     LinearCase(name="symmetric, float16", origin="none", dtype=torch.float16),
     LinearCase(name="Q4_1, float32", group=32, origin="mins", dtype=torch.float32, rows=(1, 8, 100)),
     LinearCase(name="2 bits", bits=2, group=64, rows=(1, 8, 100)),

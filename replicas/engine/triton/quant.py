@@ -51,7 +51,7 @@ class Variant:
 
 
 # Found by what compilers make of them (docs/gpu.md): all of these keep their sums in registers on compute capability
-# 9.0 and spend two to five instructions on a weight.
+# 9.0.
 VARIANTS = {
     variant.name: variant
     for variant in (
@@ -90,12 +90,19 @@ class Packed:
 
     @property
     def units_at_once(self) -> int:
-        return max(1, _TAKEN * self.bits // 256)
+        return _units_at_once(self.bits, self.group)
 
     @property
     def taken(self) -> int:
         """Inputs that a program takes at once."""
         return self.units_at_once * 256 // self.bits
+
+    @property
+    def scaled(self) -> bool:
+        """Whether weights are multiplied by their scales one by one: where minima are added to them, where more than
+        two groups are taken at once, and where codes of 8 bits have become float32 anyway."""
+        several = 0 < self.group < self.taken
+        return self.origin == 2 or (several and (self.bits == 8 or 2 * self.group < self.taken))
 
     @property
     def steps(self) -> int:
@@ -106,11 +113,19 @@ class Packed:
         return self.codes.nbytes + self.scales.nbytes + (0 if self.origins is None else self.origins.nbytes)
 
 
+def _units_at_once(bits: int, group: int) -> int:
+    """Of not more inputs than a group has, where its sums are to be scaled."""
+    inputs = _TAKEN if bits == 8 else min(_TAKEN, group or _TAKEN)
+    return max(1, inputs * bits // 256)
+
+
 def pack(weight: QuantizedWeight, device: torch.device) -> Packed:
     """Repack once, on `device`."""
     assert not obstacle(weight), obstacle(weight)
     (rows, columns), bits = weight.shape, weight.bits
-    codes = torch.nn.functional.pad(weight.codes.to(device), (0, -columns % _TAKEN, 0, -rows % _OUTPUTS))
+    group = 0 if weight.group_size >= columns else weight.group_size
+    taken = _units_at_once(bits, group) * 256 // bits
+    codes = torch.nn.functional.pad(weight.codes.to(device), (0, -columns % taken, 0, -rows % _OUTPUTS))
     pairs = 8 // bits
     places = codes.view(len(codes) // _OUTPUTS, 4, 2, 8, -1, 4, pairs, 4, 2)  # tile warp p%2 g unit w p//2 t half
     packed = None
@@ -123,7 +138,7 @@ def pack(weight: QuantizedWeight, device: torch.device) -> Packed:
     origins = weight.zeros if weight.zeros is not None else weight.mins
     return Packed(
         bits,
-        0 if weight.group_size >= columns else weight.group_size,
+        group,
         (rows, columns),
         ordered.reshape(len(places), -1, _HALVES).contiguous(),
         weight.scales.to(device).T.contiguous(),
@@ -242,7 +257,7 @@ class TritonQuantizedLinear:
         some_rows[grid](
             *arguments,
             **constants,
-            SCALED=packed.origin == 2 or 0 < packed.group < packed.taken,
+            SCALED=packed.scaled,
             TILES=variant.outputs // _OUTPUTS,
             BLOCK_M=variant.rows,
             DOT=dot_type(x.dtype),

@@ -156,6 +156,25 @@ def _weights(
 
 
 @triton.jit
+def _inputs(x, m, first, x_stride, rows, K, COUNT: tl.constexpr, WHOLE: tl.constexpr, DOT: tl.constexpr):
+    """[COUNT, len(m)] from input `first` on."""
+    k = first + tl.arange(0, COUNT)
+    there = (m < rows)[None, :]
+    if not WHOLE:
+        there = there & (k < K)[:, None]
+    return tl.load(x + m.to(tl.int64)[None, :] * x_stride + k[:, None], mask=there, other=0.0).to(DOT)
+
+
+@triton.jit
+def _scale(scales, n, first, N, groups, GROUP: tl.constexpr):
+    """float32 [len(n)] of the group that input `first` is in."""
+    group = 0
+    if GROUP != 0:
+        group = tl.minimum(first // GROUP, groups - 1)
+    return tl.load(scales + group * N + n, mask=n < N, other=0).to(tl.float32)
+
+
+@triton.jit
 def _finish(acc, bias, parts, counters, out, n, m, rows, N, BIASED: tl.constexpr, SPLITS: tl.constexpr):
     """Write acc [outputs n, rows m]. With SPLITS every program leaves its part, and the last one to come adds all up,
     always in the same order, and sets the counter back."""
@@ -220,7 +239,7 @@ def some_rows(
     the same weights are neighbours.
 
     UNITS units are taken at once. SCALED: weights are multiplied by their scales, in float32; else each group's sums
-    are. WHOLE: K is what the units hold.
+    are, of which there may be two at once. WHOLE: K is what the units hold.
     """
     KEPT: tl.constexpr = UNITS * 256 // BITS
     first_tile = tl.program_id(1) * TILES
@@ -234,22 +253,26 @@ def some_rows(
     wait_for_others(EARLY)
     for step in range(first_step, tl.minimum(first_step + share, steps)):
         halves = _load(codes, first_tile, step * UNITS, units, UNITS, TILES)
-        k = step * KEPT + tl.arange(0, KEPT)
-        there = (m < rows)[None, :]
-        if not WHOLE:
-            there = there & (k < K)[:, None]
-        xs = tl.load(x + m.to(tl.int64)[None, :] * x_stride + k[:, None], mask=there, other=0.0).to(DOT)
+        first = step * KEPT
         weights = _weights(
-            halves, scales, origins, n, step * KEPT, N, groups, BITS, GROUP, ORIGIN, SCALED, KEPT, NUMBER, ASM
+            halves, scales, origins, n, first, N, groups, BITS, GROUP, ORIGIN, SCALED, KEPT, NUMBER, ASM
         ).to(DOT)
         if SCALED:
+            xs = _inputs(x, m, first, x_stride, rows, K, KEPT, WHOLE, DOT)
             acc = tl.dot(weights, xs, acc, input_precision=PRECISION)
-        else:
-            group = 0
-            if GROUP != 0:
-                group = tl.minimum(step * KEPT // GROUP, groups - 1)
-            scale = tl.load(scales + group * N + n, mask=n < N, other=0).to(tl.float32)
-            acc += tl.dot(weights, xs, input_precision=PRECISION) * scale[:, None]
+        elif GROUP == 0 or GROUP >= KEPT:
+            xs = _inputs(x, m, first, x_stride, rows, K, KEPT, WHOLE, DOT)
+            sums = tl.dot(weights, xs, input_precision=PRECISION)
+            acc += sums * _scale(scales, n, first, N, groups, GROUP)[:, None]
+        else:  # two groups
+            halved = tl.permute(tl.reshape(weights, (64 * TILES, 2, GROUP)), (0, 2, 1))
+            low, high = tl.split(halved)
+            xs = _inputs(x, m, first, x_stride, rows, K, GROUP, WHOLE, DOT)
+            sums = tl.dot(low, xs, input_precision=PRECISION)
+            acc += sums * _scale(scales, n, first, N, groups, GROUP)[:, None]
+            xs = _inputs(x, m, first + GROUP, x_stride, rows, K, GROUP, WHOLE, DOT)
+            sums = tl.dot(high, xs, input_precision=PRECISION)
+            acc += sums * _scale(scales, n, first + GROUP, N, groups, GROUP)[:, None]
     _finish(acc, bias, parts, counters, out, n, m, rows, N, BIASED, SPLITS)
 
 
