@@ -9,8 +9,10 @@ last column is the device's way against reading the logits at the rate of a larg
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from replicas.engine import bench
 from replicas.engine.draw import Inversion, choose_draw
 from replicas.engine.loading import choose_device
 from replicas.engine.sequence import Sequence
-from replicas.protocol import SamplingParams
+from replicas.protocol import ConfigError, SamplingParams
 
 KINDS = {
     "greedy": SamplingParams(temperature=0),
@@ -69,21 +71,30 @@ def main() -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 32, 256])
-    parser.add_argument("--vocab", type=int, default=128256, help="logits of a row (Llama 3: 128256)")
+    parser.add_argument("--rows", type=bench.positive, nargs="+", default=[1, 32, 256])
+    parser.add_argument("--vocab", type=bench.positive, default=128256, help="logits of a row (Llama 3: 128256)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
-    parser.add_argument("--tries", type=int, default=15, help="the fastest of so many counts")
+    parser.add_argument("--tries", type=bench.positive, default=15, help="the fastest of so many counts")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args()
-    device = choose_device(args.device)
+    try:
+        device = choose_device(args.device)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     print(f"{bench.machine()['machine']}, torch {torch.__version__}, {args.vocab} logits a row")
     print(f"{'rows':>5} {'kind':12} {'way':12} {'ms':>9} {'inversion':>10} {'x reading':>10}")
+    found = []
     for rows in args.rows:
         for row in measure(device, rows, args.vocab, args.tries):
+            found.append(row)
             print(
                 f"{rows:5} {row['kind']:12} {row['way']:12} {row['ms']:9.3f} {row['inversion_ms']:10.3f} "
                 f"{row['times_reading']:10.1f}",
                 flush=True,
             )
+    if args.json:
+        args.json.write_text(json.dumps({**bench.machine(), "vocab": args.vocab, "figures": found}, indent=2) + "\n")
     return 0
 
 

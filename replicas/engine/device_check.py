@@ -40,13 +40,14 @@ from replicas.engine.bench_sampling import measure
 from replicas.engine.bench_shapes import free_memory
 from replicas.engine.config import EngineConfig
 from replicas.engine.engine import Engine
-from replicas.engine.loading import load
+from replicas.engine.loading import choose_device, load
 from replicas.engine.random_weights import RandomCheckpoint, byte_tokenizer, shape_config
 from replicas.engine.reference import Reference
 from replicas.engine.spec.config import Speculative
 from replicas.engine.spec.draft_layers import DraftConfig, layer_tensors, save_draft
+from replicas.engine.triton.device import interpreting
 from replicas.engine.weights import expected_tensors, open_checkpoint
-from replicas.protocol import GenerateRequest, SamplingParams
+from replicas.protocol import ConfigError, GenerateRequest, SamplingParams
 
 _PROMPTS, _TOKENS = (1, 5, 17, 40, 64, 130), 32
 _MAX_LEN = 512
@@ -65,20 +66,25 @@ BENCHES: dict[str, list[str]] = {
 
 
 def kernels(device: torch.device, seed: int) -> dict[str, Any]:
-    from replicas.engine.triton.accuracy import checks
+    from replicas.engine.triton.accuracy import CHOICE, checks
 
     rows: list[dict[str, Any]] = []
     for kind, each in checks(device, seed).items():
-        for check in each:
-            try:
-                rows += [{"kind": kind, **asdict(measured), "good": measured.good} for measured in check()]
-            except Exception as error:
-                # A size that this device has no shared memory for is not chosen on it.
-                refused = type(error).__name__ == "OutOfResources"
-                said = f"{type(error).__name__}: {error}"[:300]
-                rows.append({"kind": kind, "name": "", "good": refused, "refused": refused, "error": said})
-    left_out = sum(row.get("refused", False) for row in rows)
-    return {"good": all(row["good"] for row in rows), "checked": len(rows), "refused": left_out, "rows": rows}
+        found = [row for check in each for row in _rows(kind, check)]
+        # A size that this device has no shared memory for is not chosen on it, as long as there is another.
+        spared = kind.startswith(CHOICE) and any(not row["refused"] for row in found)
+        rows += [{**row, "good": row["good"] or (row["refused"] and spared)} for row in found]
+    refused = sum(row["refused"] for row in rows)
+    return {"good": all(row["good"] for row in rows), "checked": len(rows), "refused": refused, "rows": rows}
+
+
+def _rows(kind: str, check: Callable[[], list[Any]]) -> list[dict[str, Any]]:
+    try:
+        return [{"kind": kind, **asdict(one), "good": one.good, "refused": False} for one in check()]
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"[:300]
+        refused = type(error).__name__ == "OutOfResources"
+        return [{"kind": kind, "name": "", "good": False, "refused": refused, "error": said}]
 
 
 # ---------------------------------------------------------------- the oracle
@@ -149,8 +155,9 @@ def _held_to(
             ties, wrong = ties + (best - second < _TIE), wrong + (best - second >= _TIE)
     leaked = engine.pool.num_blocks - engine.pool.num_free
     graphs = None if engine._graphs is None else engine._graphs.counts()
-    good = not wrong and not leaked and (graphs is None or graphs["replays"] > 0)
+    good = not wrong and not leaked and (graphs is None or (graphs["replays"] > 0 and not graphs["broken"]))
     guesses = engine.speculation.num_draft_tokens
+    good = good and (guesses > 0) == ("speculative" in more)
     return {
         "good": good, "wrong": wrong, "ties": ties, "leaked_blocks": leaked, "graphs": graphs, "guesses": guesses
     }  # fmt: skip
@@ -244,7 +251,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
     for name, arguments in BENCHES.items():
         parts[name] = partial(run_bench, arguments, device)
-    parts = {n: part for n, part in parts.items() if not args.only or any(n.startswith(w) for w in args.only)}
+    parts = {n: part for n, part in parts.items() if _asked(n, args.only)}
     waiting = list(range(len(parts)))  # behind each part, from the last one on
     for name, part in parts.items():
         left, started = args.seconds - (time.monotonic() - began), time.monotonic()
@@ -256,6 +263,27 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             args.json.write_text(json.dumps(report, indent=1, default=str) + "\n")
         free_memory(device)  # for the next part, which may be another process
     return report
+
+
+def _asked(part: str, only: list[str] | None) -> bool:
+    return not only or any(part.startswith(wanted) for wanted in only)
+
+
+def _refusal(args: argparse.Namespace) -> str:
+    """What is wrong with the arguments; "" if nothing is."""
+    names = ("kernels", "oracle", "load", "sampling", *BENCHES)
+    unknown = [wanted for wanted in args.only or () if not any(_asked(name, [wanted]) for name in names)]
+    if unknown:
+        return f"--only: no part begins with {unknown[0]!r}; the parts are {', '.join(names)}"
+    if not args.json.resolve().parent.is_dir():
+        return f"--json: {args.json.parent} is no folder"
+    try:
+        device = choose_device(args.device)
+    except ConfigError as error:
+        return f"--device: {error}"
+    if device.type != "cuda" and not interpreting() and args.only and _asked("kernels", args.only):
+        return "--only kernels: they run on a GPU, or interpreted, slowly, with TRITON_INTERPRET=1"
+    return ""
 
 
 def render(report: dict[str, Any]) -> str:
@@ -285,6 +313,9 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", help="parts whose names begin so")
     parser.add_argument("--json", type=Path, default=Path("device_check.json"))
     args = parser.parse_args()
+    if refusal := _refusal(args):
+        print(f"error: {refusal}", file=sys.stderr)
+        return 2
     report = run(args)
     print(render(report))
     return 0 if all(part["good"] for part in report["parts"].values()) else 1

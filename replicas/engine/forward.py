@@ -47,8 +47,22 @@ class Forward:
             device=loaded.device,
             pad=choose_padding(loaded.device),
         )
-        idle = self.graphs.idle()
-        self.overlaps = choose_overlap(lambda: self._compute(idle)[0], make_graph, loaded.device)
+        self.overlaps = self._try_overlap(self.graphs, make_graph, loaded.device)
+
+    @torch.inference_mode()
+    def _try_overlap(self, graphs: GraphRunner, make_graph: Callable[[], Graph], device: torch.device) -> bool:
+        """On steps of one sequence, a place further on in the scratch block and with another token each time."""
+        idle = graphs.idle()
+        places = self._kv.data.shape[3]  # of a block
+        first = idle.slot_mapping.clone()
+
+        def turn(i: int) -> None:
+            idle.token_ids.fill_(1 + i)
+            idle.positions.fill_(i % places)
+            idle.slot_mapping.copy_(first + i % places)
+            idle.context_lens.fill_(i % places + 1)
+
+        return choose_overlap(lambda: self._compute(idle)[0], turn, make_graph, device)
 
     @torch.inference_mode()
     def __call__(self, batch: StepBatch) -> tuple[Tensor, ...]:

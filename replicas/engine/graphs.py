@@ -278,7 +278,7 @@ class GraphRunner:
             # Once unrecorded: kernels are compiled for these sizes, and the outputs lie outside of any graph's memory.
             work()
             graph.record(work)
-        except RuntimeError as error:  # out of memory among them, or what the driver says of a recording that ran out
+        except Exception as error:  # out of memory, what the driver says of a recording that ran out, Triton's own
             logger.warning("steps of %d sequences are launched kernel by kernel: %s", key[0], error)
             bucket.broken = True
             return False

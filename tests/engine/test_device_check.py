@@ -76,10 +76,14 @@ def test_kernels_that_fail_are_rows_of_their_own(monkeypatch: pytest.MonkeyPatch
     each = [broken, lambda: [Measured("far off", 0.5, 0.1)], lambda: [Measured("close", 0.01, 0.1)]]
     each.append(lambda: [Measured("no number", float("nan"), 0.1)])
     each.append(too_large)
-    monkeypatch.setattr(accuracy, "checks", lambda *_: {"attention": each})
+    kinds = {"attention": each, f"{accuracy.CHOICE}sizes": each, f"{accuracy.CHOICE}none": [too_large]}
+    monkeypatch.setattr(accuracy, "checks", lambda *_: kinds)
     found = device_check.kernels(CPU, 1)
-    assert [row["good"] for row in found["rows"]] == [False, False, True, False, True]
-    assert found["refused"] == 1
+    good = [row["good"] for row in found["rows"]]
+    assert good[:5] == [False, False, True, False, False], "there is no other"
+    assert good[5:10] == [False, False, True, False, True], "another size is chosen"
+    assert good[10:] == [False], "none is left to be chosen"
+    assert found["refused"] == 3
     assert not found["good"]
 
 
@@ -113,6 +117,24 @@ def test_a_bench_that_says_nothing_is_reported() -> None:
     found = device_check.run_bench(["no-such-shape"], CPU, 60)
     assert not found["good"]
     assert "no-such-shape" in found["error"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--only", "orcale"], "no part begins with 'orcale'; the parts are kernels, oracle, load"),
+        (["--only", "kernels"], "TRITON_INTERPRET=1"),
+        (["--json", "/no/such/folder/report.json"], "/no/such/folder is no folder"),
+        (["--device", "tpu"], "--device"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_runs(
+    arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(sys, "argv", ["device_check", "--device", "cpu", *arguments])
+    assert device_check.main() == 2
+    assert said in capsys.readouterr().err
 
 
 def test_what_a_bench_had_before_its_time_was_up_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

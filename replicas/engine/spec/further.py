@@ -164,7 +164,7 @@ class Further:
         try:
             self._advance(bucket.places)  # compiles kernels for this size; what it writes is written again
             graph.record(lambda: self._advance(bucket.places))
-        except RuntimeError as error:  # out of memory among them
+        except Exception as error:  # out of memory, what the driver says of it, Triton's own
             logger.warning("guesses for %d sequences are launched kernel by kernel: %s", len(given.token_ids), error)
             bucket.broken = True
             return None

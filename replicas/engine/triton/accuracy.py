@@ -22,6 +22,7 @@ from replicas.engine.triton.ops import TritonOps
 from replicas.engine.triton.quant import VARIANTS, TritonQuantizedLinear
 from replicas.engine.triton.sampling import Lots, draw_rest, listed_argmax, noisy_argmax, row_key
 
+CHOICE = "choice of "
 LIMITS = {torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 
@@ -184,7 +185,8 @@ def _short(noisy: NDArray[np.float64], taken: Tensor) -> float:
 
 
 def checks(device: torch.device, seed: int) -> dict[str, list[Callable[[], list[Measured]]]]:
-    """All checks by kind; each is to be called on its own, as any may fail."""
+    """All checks by kind; each is to be called on its own, as any may fail. Of a kind that begins with CHOICE one is
+    chosen by measuring, so a device may refuse the others."""
 
     def attention(case: AttentionCase) -> Callable[[], list[Measured]]:
         return lambda: [check_attention(case, TritonAttention(device), device, seed)]
@@ -197,12 +199,11 @@ def checks(device: torch.device, seed: int) -> dict[str, list[Callable[[], list[
         return check
 
     named = {case.name: case for case in ATTENTION}
-    every_size = [
-        (named[f"llama-3-8b {kind}{suffix}"], kind, size)
+    every_size = {
+        f"{kind}{suffix}": [(named[f"llama-3-8b {kind}{suffix}"], kind, size) for size in sizes]
         for kind, sizes in (("decode", DECODE), ("prefill", PREFILL))
-        for size in sizes
         for suffix in ("", " fp8")
-    ]
+    }
 
     def linear(case: LinearCase, kernel: str, rows: int) -> Callable[[], list[Measured]]:
         return lambda: [check_linear(case, kernel, rows, device, seed)]
@@ -214,14 +215,17 @@ def checks(device: torch.device, seed: int) -> dict[str, list[Callable[[], list[
         return lambda: [*check_small(dtype, device, seed)]
 
     return {
-        "attention": [attention(case) for case in ATTENTION] + [sized(*of) for of in every_size],
-        "linear": [
-            linear(case, kernel, rows)
+        "attention": [attention(case) for case in ATTENTION],
+        **{f"{CHOICE}attention, {name}": [sized(*of) for of in sizes] for name, sizes in every_size.items()},
+        **{
+            f"{CHOICE}products, {case.name}, {rows} rows": [
+                linear(case, kernel, rows)
+                for kernel, variant in VARIANTS.items()
+                if variant.fits(rows, case.shape[0], case.dtype)
+            ]
             for case in LINEAR
             for rows in case.rows
-            for kernel, variant in VARIANTS.items()
-            if variant.fits(rows, case.shape[0], case.dtype)
-        ],
+        },
         "single rows": [single_rows(kernel, dtype) for kernel in triton_linear.VARIANTS for dtype in LIMITS],
         "small": [small(dtype) for dtype in LIMITS],
         "sampling": [lambda: [*check_sampling(device, seed)]],

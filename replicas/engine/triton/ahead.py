@@ -174,7 +174,8 @@ def main() -> int:
 
     os.environ.setdefault("TRITON_CACHE_DIR", str(Path(tempfile.gettempdir()) / "signalbox-triton-ahead"))
     with compiling_for(args.capability) as found, torch.inference_mode():
-        (launch_each if args.few else launch_everything)(torch.device("cpu"))
+        launch = launch_each if args.few else launch_everything
+        launch(torch.device("cpu"), early=args.capability >= 90)
     for kernel in sorted(found, key=lambda k: (k.kernel, k.constants)):
         print(kernel)
     print(f"{len(found)} kernels for compute capability {args.capability / 10}")

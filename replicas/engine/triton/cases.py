@@ -239,31 +239,32 @@ def sampling_launches(device: torch.device, widths: Sequence[int]) -> Iterator[s
         yield f"sampling from {width}"
 
 
-def early_launches(device: torch.device) -> Iterator[str]:
+def early_launches(device: torch.device, *, few: bool = False) -> Iterator[str]:
     """Small steps' kernels, launched to overlap."""
-    named = {case.name: case for case in ATTENTION}
+    decodes = [case for case in ATTENTION if all(new == 1 for new, _ in case.sequences)]
     with overlap(True):
-        yield from attention_launches(device, [named["llama-3-8b decode"], named["one long context"]])
-        yield from linear_launches(device, [replace(LINEAR[0], rows=(1,))])
+        yield from attention_launches(device, decodes[:2] + decodes[-1:] if few else decodes)
+        yield from linear_launches(device, [replace(LINEAR[0], rows=(1,))] if few else LINEAR)
         yield from plain_launches(device)
-        yield from small_launches(device, _SMALL[:1])
+        yield from small_launches(device, _SMALL[:1] if few else _SMALL)
 
 
-def launch_everything(device: torch.device) -> list[str]:
-    """Launch each kernel in every form; the names of what was launched."""
+def launch_everything(device: torch.device, *, early: bool = True) -> list[str]:
+    """Launch each kernel in every form; the names of what was launched. early: also to overlap, which takes compute
+    capability 9.0."""
     return [
         *attention_launches(device),
         *size_launches(device),
         *linear_launches(device),
         *plain_launches(device),
         *small_launches(device, _SMALL),
-        *early_launches(device),
+        *(early_launches(device) if early else ()),
         *sampling_launches(device, _VOCABULARIES),
     ]
 
 
-def launch_each(device: torch.device) -> list[str]:
-    """Launch each kernel once or twice, as Llama-3-8B has it in bfloat16."""
+def launch_each(device: torch.device, *, early: bool = True) -> list[str]:
+    """Launch each kernel once or twice, as Llama-3-8B has it in bfloat16. early: see `launch_everything`."""
     names = ("llama-3-8b decode", "llama-3-8b prefill", "llama-3-8b decode fp8", "one long context")
     attention = [case for case in ATTENTION if case.name in names]
     linear = replace(LINEAR[0], rows=(1, 100))
@@ -272,6 +273,6 @@ def launch_each(device: torch.device) -> list[str]:
         *linear_launches(device, [linear]),
         *plain_launches(device),
         *small_launches(device, _SMALL[:1]),
-        *early_launches(device),
+        *(early_launches(device, few=True) if early else ()),
         *sampling_launches(device, _VOCABULARIES[:1]),
     ]

@@ -53,13 +53,16 @@ def options() -> dict[str, Any]:
 
 def choose_overlap(
     compute: Callable[[], Tensor],
+    turn: Callable[[int], None],
     make_graph: Callable[[], Graph] | None,
     device: torch.device,
     seconds: Callable[[Callable[[], None]], float] | None = None,
 ) -> bool:
     """Whether recorded steps should overlap: if that gives the same bits, time after time, and is faster.
 
-    compute: a small step on memory that nobody uses -> its results. seconds: times a call; None: on the device.
+    compute: a small step on memory that nobody uses -> its results. turn(i): makes it another step than the one before,
+    on the same memory: what a kernel reads too early is then wrong, not left over from before. seconds: times a call;
+    None: on the device.
     """
     if make_graph is None or device.type != "cuda" or torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
         return False
@@ -68,15 +71,16 @@ def choose_overlap(
         for on in (False, True):
             graph, kept = _recorded(compute, make_graph(), on)
             found = []
-            for _ in range(_REPLAYS):
+            for i in range(_REPLAYS):
+                turn(i)
                 graph.replay()
                 found.append(kept[0].clone())
-            results += found
+            results.append(found)
             times.append((seconds or _device_s)(graph.replay))
-    except RuntimeError as error:
+    except Exception as error:  # Triton's own are no RuntimeErrors
         logger.warning("kernels do not overlap: %s", error)
         return False
-    same = all(torch.equal(results[0], result) for result in results[1:])
+    same = all(map(torch.equal, *results))
     plain, early = times
     logger.info("a step of one token takes %.3f ms, %.3f with overlapping kernels", 1e3 * plain, 1e3 * early)
     if not same:
