@@ -158,6 +158,10 @@ def _held_to(
     good = not wrong and not leaked and (graphs is None or (graphs["replays"] > 0 and not graphs["broken"]))
     guesses = engine.speculation.num_draft_tokens
     good = good and (guesses > 0) == ("speculative" in more)
+    if "speculative" in more and graphs is not None:
+        [source] = engine.speculation._sources
+        graphs |= {"replayed_guesses": source.proposer.replays}  # type: ignore[attr-defined]
+        good = good and graphs["replayed_guesses"] > 0
     return {
         "good": good, "wrong": wrong, "ties": ties, "leaked_blocks": leaked, "graphs": graphs, "guesses": guesses
     }  # fmt: skip

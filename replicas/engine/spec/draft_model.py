@@ -107,6 +107,11 @@ class DraftModel(Shadows):
             scratch=self.pool.num_blocks,
         )
 
+    @property
+    def replays(self) -> int:
+        """Guesses that were replayed from a recording."""
+        return self._further.replays
+
     def _guess(self, batch: StepBatch, states: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         hidden = self._decoder.hidden(batch, self._caches)
         return *self._head.likeliest(hidden), hidden

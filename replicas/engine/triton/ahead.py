@@ -16,9 +16,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from replicas.engine.triton.device import interpreting
 class Compiled:
     """One kernel's machine code. local_bytes: stack and spills of a thread. shared_bytes: of a block. loop: opcodes of
     the longest loop with products, none where there is no such loop. early: of what a kernel that may be launched early
-    asks of memory before it waits."""
+    asks of memory before it waits. weights: quantised ones that a thread takes in a turn of the loop."""
 
     kernel: str
     constants: str
@@ -40,6 +40,11 @@ class Compiled:
     shared_bytes: int
     loop: tuple[str, ...]
     early: tuple[str, ...] = ()
+    weights: float = 0.0
+
+    @property
+    def _each(self) -> str:
+        return f"({len(self.loop) / self.weights:.1f} a weight) " if self.weights and self.loop else ""
 
     @property
     def _early(self) -> str:
@@ -51,7 +56,7 @@ class Compiled:
         kind = "GMMA" if any("GMMA" in opcode for opcode in tensor) else "MMA"
         return (
             f"{self.kernel:18} {self.registers:4} registers {self.local_bytes:5} B local "
-            f"{self.shared_bytes:7} B shared {len(self.loop):5} in loop {len(tensor):3} {kind:4} "
+            f"{self.shared_bytes:7} B shared {len(self.loop):5} in loop {self._each}{len(tensor):3} {kind:4} "
             f"{barriers:2} barriers  {', '.join(filter(None, (self.constants, self._early)))}"
         )
 
@@ -72,7 +77,8 @@ def compiling_for(capability: int) -> Iterator[list[Compiled]]:
         kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
         if kernel.hash not in done:
             constants = ", ".join(f"{k}={v}" for k, v in kwargs.items() if k not in ("num_warps", "num_stages"))
-            done[kernel.hash] = _measure(self.__name__, constants, kernel.asm["cubin"], kernel.metadata.shared)
+            measured = _measure(self.__name__, constants, kernel.asm["cubin"], kernel.metadata.shared)
+            done[kernel.hash] = replace(measured, weights=_weights(kwargs))
             found.append(done[kernel.hash])
 
     driver = triton.runtime.driver
@@ -132,6 +138,14 @@ def _told_by(tool: str, cubin: bytes, *options: str) -> str:
 
 _INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*);")
 _WAIT, _MEMORY = "ACQBULK", ("LD", "ST", "ATOM", "RED", "CCTL", "UBLK")
+
+
+def _weights(constants: Mapping[str, Any]) -> float:
+    """Of those of a product with codes (`kernels/quant.py`); 0 for any other kernel."""
+    if "UNITS" not in constants:
+        return 0.0
+    codes = constants.get("TILES", 1) * 64 * constants["UNITS"] * 256 // constants["BITS"]
+    return float(codes / (32 * constants["num_warps"]))
 
 
 def early_accesses(disassembly: str) -> tuple[str, ...]:

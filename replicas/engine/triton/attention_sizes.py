@@ -51,6 +51,6 @@ def measured_attention(
         key = f"{name}, {kind}, {str(dtype).removeprefix('torch.')}, {held}"
         return crossover.choose(key, lambda _: names, run, buckets=(1,))[1]
 
-    return TritonAttention(
-        device, fastest("decode", _DECODES, list(DECODE)), fastest("prefill", _PROMPTS, list(PREFILL))
-    )
+    # With codes to be taken apart the largest tiles do not fit into registers.
+    prefills = [name for name, size in PREFILL.items() if case.kv == "auto" or size.keys <= 64]
+    return TritonAttention(device, fastest("decode", _DECODES, list(DECODE)), fastest("prefill", _PROMPTS, prefills))

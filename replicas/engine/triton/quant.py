@@ -89,18 +89,19 @@ class Packed:
     origin: int
 
     @property
-    def units_at_once(self) -> int:
-        return _units_at_once(self.bits, self.group)
-
-    @property
     def taken(self) -> int:
         """Inputs that a program takes at once."""
-        return self.units_at_once * 256 // self.bits
+        return _taken(self.bits, self.group, self.origin)
+
+    @property
+    def units_at_once(self) -> int:
+        return self.taken * self.bits // 256
 
     @property
     def scaled(self) -> bool:
-        """Whether weights are multiplied by their scales one by one: where minima are added to them, where more than
-        two groups are taken at once, and where codes of 8 bits have become float32 anyway."""
+        """Whether weights are multiplied by their scales one by one, which costs as much as all the rest: where minima
+        are added to them, where more than two groups are taken at once, and where codes of 8 bits have become float32
+        anyway."""
         several = 0 < self.group < self.taken
         return self.origin == 2 or (several and (self.bits == 8 or 2 * self.group < self.taken))
 
@@ -113,10 +114,12 @@ class Packed:
         return self.codes.nbytes + self.scales.nbytes + (0 if self.origins is None else self.origins.nbytes)
 
 
-def _units_at_once(bits: int, group: int) -> int:
-    """Of not more inputs than a group has, where its sums are to be scaled."""
-    inputs = _TAKEN if bits == 8 else min(_TAKEN, group or _TAKEN)
-    return max(1, inputs * bits // 256)
+def _taken(bits: int, group: int, origin: int) -> int:
+    """Not more inputs than a group has, or a unit, where sums can be scaled: those of one or two groups."""
+    unit = 256 // bits
+    fewest = max(unit, min(_TAKEN, group or _TAKEN))
+    sums = bits != 8 and origin != 2 and (not group or 2 * group >= fewest)
+    return fewest if sums else max(unit, _TAKEN)
 
 
 def pack(weight: QuantizedWeight, device: torch.device) -> Packed:
@@ -124,7 +127,8 @@ def pack(weight: QuantizedWeight, device: torch.device) -> Packed:
     assert not obstacle(weight), obstacle(weight)
     (rows, columns), bits = weight.shape, weight.bits
     group = 0 if weight.group_size >= columns else weight.group_size
-    taken = _units_at_once(bits, group) * 256 // bits
+    origin = 1 if weight.zeros is not None else 2 if weight.mins is not None else 0
+    taken = _taken(bits, group, origin)
     codes = torch.nn.functional.pad(weight.codes.to(device), (0, -columns % taken, 0, -rows % _OUTPUTS))
     pairs = 8 // bits
     places = codes.view(len(codes) // _OUTPUTS, 4, 2, 8, -1, 4, pairs, 4, 2)  # tile warp p%2 g unit w p//2 t half
@@ -143,7 +147,7 @@ def pack(weight: QuantizedWeight, device: torch.device) -> Packed:
         ordered.reshape(len(places), -1, _HALVES).contiguous(),
         weight.scales.to(device).T.contiguous(),
         None if origins is None else origins.to(device).T.contiguous(),
-        0 if origins is None else 1 if weight.zeros is not None else 2,
+        origin,
     )
 
 

@@ -275,7 +275,10 @@ def test_sizes_are_measured_for_a_models_heads(monkeypatch: pytest.MonkeyPatch) 
     assert made._decode_size.name == list(DECODE)[-1]
     assert made._prefill_size.name == list(PREFILL)[-1]
     told = "float16, 4 and 2 heads of 32, cache fp8_e4m3, pages of 16"
-    assert taking.asked == {f"cpu, decode, {told}": list(DECODE), f"cpu, prefill, {told}": list(PREFILL)}
+    assert taking.asked == {
+        f"cpu, decode, {told}": list(DECODE),
+        f"cpu, prefill, {told}": [n for n in PREFILL if "x128w" not in n],
+    }
     attention_sizes.measured_attention(CPU, torch.float32, (4, 2), 32, None, 16, taking)
     assert len(taking.asked) == 2, "there is one size for float32"
 
