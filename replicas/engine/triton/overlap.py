@@ -1,11 +1,11 @@
 """Kernels that begin while the one in front of them ends (programmatic dependent launch, compute capability 9.0).
 
-In a small step a layer is ten short kernels, and between one's last program and the next one's first the device does
-nothing for about as long as some of them take. A kernel that is launched so gets its programs in place before, may ask
-for weights, which nobody writes, and then waits until all that was launched before it is done and seen. As every kernel
-waits, a kernel may rely on everything in front of the one in front of it too.
+In a small step a layer is ten short kernels, and between one's last program and the next one's first the device has
+nothing to do. A kernel that is launched so gets its programs in place before, may ask for weights, which nobody writes,
+and then waits until all that was launched before it is done and seen. As every kernel waits, a kernel may rely on
+everything in front of the one in front of it too.
 
-Whether it is right and pays is tried on the device (`choose_overlap`): on the same step, recorded both ways.
+Whether it is right and pays is tried on the device (`choose_overlap`): on the same steps, recorded both ways.
 """
 
 from __future__ import annotations
