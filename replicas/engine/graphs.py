@@ -123,13 +123,42 @@ def bucket_sizes(most: int) -> list[int]:
 
 
 @dataclass(slots=True)
-class _Bucket:
-    """seen: steps so far. graph: None until recorded. broken: recording failed, it never will be."""
+class Recording:
+    """Of a step that comes again. seen: times so far. graph: None until recorded. broken: recording failed, and is not
+    tried again."""
 
-    batch: StepBatch
     seen: int = 0
     graph: Graph | None = None
     broken: bool = False
+
+    def next(
+        self, make_graph: Callable[[], Graph], prepare: Callable[[], None], work: Callable[[], None], what: str
+    ) -> Graph | None:
+        """What to replay this time, recorded at the second; None to run the step as it is.
+
+        prepare: lays out what `work` reads, where it is recorded. what: the steps, for the log.
+        """
+        self.seen += 1
+        if self.graph is not None or self.broken or self.seen == 1:
+            return self.graph
+        graph = make_graph()
+        prepare()
+        try:
+            # Once unrecorded: kernels are compiled for these sizes, and results lie outside of any graph's memory.
+            work()
+            graph.record(work)
+        except Exception as error:  # out of memory, what the driver says of a recording that ran out, Triton's own
+            logger.warning("%s are launched kernel by kernel: %s", what, error)
+            self.broken = True
+            return None
+        self.graph = graph
+        return graph
+
+
+@dataclass(slots=True)
+class _Bucket:
+    batch: StepBatch
+    recording: Recording = field(default_factory=Recording)
 
 
 @dataclass(slots=True)
@@ -205,7 +234,7 @@ class GraphRunner:
         self._pad_into = pad
         self._buckets: dict[tuple[int, int], _Bucket] = {}
         self._outputs = _Outputs()
-        self.replays = self.recordings = 0
+        self.replays = 0
 
     def __call__(self, batch: StepBatch) -> tuple[Tensor, ...]:
         """What `compute(batch)` would give. The tensors may be views of memory that the next call writes to."""
@@ -215,14 +244,16 @@ class GraphRunner:
         bucket = self._buckets.get(key)
         if bucket is None:
             bucket = self._buckets[key] = _Bucket(self._fixed(*key))
-        bucket.seen += 1
-        if bucket.broken or bucket.seen == 1:
+        graph = bucket.recording.next(
+            self._make_graph,
+            lambda: self._pad_into(bucket.batch, batch, self._scratch, self._block_size),
+            lambda: self._outputs.take(self._compute(bucket.batch), self._sizes[-1] * self._max_query_len),
+            f"steps of {key[0]} sequences",
+        )
+        if graph is None:
             return self._compute(batch)
         self._pad_into(bucket.batch, batch, self._scratch, self._block_size)
-        if bucket.graph is None and not self._record(bucket, key):
-            return self._compute(batch)
-        assert bucket.graph is not None, "recording said that it worked"
-        bucket.graph.replay()
+        graph.replay()
         self.replays += 1
         return self._rows(batch)
 
@@ -234,9 +265,13 @@ class GraphRunner:
         batch.block_tables.fill_(self._scratch)
         return batch
 
+    @property
+    def recordings(self) -> int:
+        return sum(bucket.recording.graph is not None for bucket in self._buckets.values())
+
     def counts(self) -> dict[str, int]:
         """Steps that were recorded and replayed, and buckets that could not be recorded."""
-        broken = sum(bucket.broken for bucket in self._buckets.values())
+        broken = sum(bucket.recording.broken for bucket in self._buckets.values())
         return {"recordings": self.recordings, "replays": self.replays, "broken": broken}
 
     def _key(self, batch: StepBatch) -> tuple[int, int] | None:
@@ -266,25 +301,6 @@ class GraphRunner:
             max_query_len=width,
             max_context_len=self._max_blocks * self._block_size,
         )
-
-    def _record(self, bucket: _Bucket, key: tuple[int, int]) -> bool:
-        most = self._sizes[-1] * self._max_query_len
-
-        def work() -> None:
-            self._outputs.take(self._compute(bucket.batch), most)
-
-        graph = self._make_graph()
-        try:
-            # Once unrecorded: kernels are compiled for these sizes, and the outputs lie outside of any graph's memory.
-            work()
-            graph.record(work)
-        except Exception as error:  # out of memory, what the driver says of a recording that ran out, Triton's own
-            logger.warning("steps of %d sequences are launched kernel by kernel: %s", key[0], error)
-            bucket.broken = True
-            return False
-        bucket.graph = graph
-        self.recordings += 1
-        return True
 
     def _rows(self, batch: StepBatch) -> tuple[Tensor, ...]:
         rows = len(batch.logits_rows)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from replicas.engine.batch import StepBatch
-from replicas.engine.kv_format import KVFormat, allocate_kv, plain_format
+from replicas.engine.kv_format import KVFormat
 from replicas.engine.model import Decoder
 from replicas.protocol import ConfigError
 
@@ -66,15 +66,7 @@ def sample(vocab_size: int, tokens: int) -> Tensor:
 def largest_magnitudes(decoder: Decoder, budget: int) -> Tensor:
     """Float32 [num_layers, 2, num_kv_heads] on the decoder's device: of keys and values of the sample."""
     tokens = min(_SAMPLE, decoder.max_model_len)
-    kv = allocate_kv(
-        -(-tokens // _BLOCK),
-        _BLOCK,
-        num_layers=decoder.num_layers,
-        num_kv_heads=decoder.num_kv_heads,
-        head_dim=decoder.head_dim,
-        kv=plain_format(decoder.dtype),
-        device=decoder.device,
-    )
+    kv = decoder.plain_cache(-(-tokens // _BLOCK), _BLOCK)
     ids, piece = sample(decoder.config.vocab_size, tokens), min(_PIECE, budget)
     for begin in range(0, tokens, piece):
         decoder.hidden(_step(ids, begin, min(begin + piece, tokens), decoder.device), kv.layers)

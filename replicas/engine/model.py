@@ -15,6 +15,7 @@ from torch import Tensor
 from replicas.engine.attention import Attention, LayerCache
 from replicas.engine.batch import StepBatch
 from replicas.engine.config import EngineConfig
+from replicas.engine.kv_format import KVTensors, allocate_kv, plain_format
 from replicas.engine.model_config import ModelConfig
 from replicas.engine.ops import JoinedLinear, Linear, Ops
 from replicas.engine.quantized.checkpoint import seen_as
@@ -103,6 +104,18 @@ class Decoder:
     def head_rows(self, token_ids: Tensor) -> Tensor:
         """Rows of the output layer: int64 [N] -> [N, H]."""
         return self._head.rows(token_ids)
+
+    def plain_cache(self, num_blocks: int, block_size: int) -> KVTensors:
+        """A cache of keys and values as the model computes them."""
+        return allocate_kv(
+            num_blocks,
+            block_size,
+            num_layers=self.num_layers,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            kv=plain_format(self.dtype),
+            device=self.device,
+        )
 
     @torch.inference_mode()
     def embed(self, token_ids: Tensor) -> Tensor:

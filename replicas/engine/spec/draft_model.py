@@ -17,7 +17,6 @@ from torch import Tensor
 from replicas.engine.batch import StepBatch
 from replicas.engine.blocks import BlockPool
 from replicas.engine.graphs import Graph
-from replicas.engine.kv_format import allocate_kv, plain_format
 from replicas.engine.layout import Layout
 from replicas.engine.model import Decoder
 from replicas.engine.sequence import Sequence
@@ -45,15 +44,7 @@ class Shadows:
         blocks = max(kv_tokens // block_size, 1)
         self.pool = BlockPool(blocks, block_size, enable_prefix_caching=False)
         self._layout = Layout(max_sequences, decoder.max_model_len, block_size, decoder.device)
-        self._caches = allocate_kv(
-            blocks + 1,  # the last is scratch for padded steps
-            block_size,
-            num_layers=decoder.num_layers,
-            num_kv_heads=decoder.num_kv_heads,
-            head_dim=decoder.head_dim,
-            kv=plain_format(decoder.dtype),
-            device=decoder.device,
-        ).layers
+        self._caches = decoder.plain_cache(blocks + 1, block_size).layers  # the last is scratch for padded steps
         self._shadows: dict[Sequence, Sequence] = {}
 
     def _shadow(self, seq: Sequence) -> Sequence | None:

@@ -6,18 +6,15 @@ sequences is one graph: on a GPU the few kernels of a draft take less time than 
 
 from __future__ import annotations
 
-import logging
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from replicas.engine.batch import StepBatch
-from replicas.engine.graphs import Graph, bucket_sizes
-
-logger = logging.getLogger(__name__)
+from replicas.engine.graphs import Graph, Recording, bucket_sizes
 
 # (a step of one token a sequence, states [S, H] or None) -> tokens int64 [S], probabilities float32 [S], states [S, H]
 Guess = Callable[[StepBatch, Tensor | None], tuple[Tensor, Tensor, Tensor]]
@@ -59,12 +56,8 @@ class Places:
 
 @dataclass(slots=True)
 class _Bucket:
-    """seen: steps so far. graph: None until recorded. broken: recording failed, it never will be."""
-
     places: Places
-    seen: int = 0
-    graph: Graph | None = None
-    broken: bool = False
+    recording: Recording = field(default_factory=Recording)
 
 
 class Further:
@@ -121,7 +114,6 @@ class Further:
         bucket = self._buckets.get(size)
         if bucket is None:
             bucket = self._buckets[size] = _Bucket(self._fixed(size, given))
-        bucket.seen += 1
         return bucket
 
     def _fixed(self, size: int, like: Places) -> Places:
@@ -155,21 +147,13 @@ class Further:
             places.states.copy_(states)
 
     def _graph(self, bucket: _Bucket, given: Places) -> Graph | None:
-        """The bucket's, from its second step on."""
-        if bucket.graph is not None or bucket.broken or bucket.seen == 1:
-            return bucket.graph
         assert self._make_graph is not None, "a bucket without anything to record it with"
-        graph = self._make_graph()
-        self._fill(bucket.places, given)
-        try:
-            self._advance(bucket.places)  # compiles kernels for this size; what it writes is written again
-            graph.record(lambda: self._advance(bucket.places))
-        except Exception as error:  # out of memory, what the driver says of it, Triton's own
-            logger.warning("guesses for %d sequences are launched kernel by kernel: %s", len(given.token_ids), error)
-            bucket.broken = True
-            return None
-        bucket.graph = graph
-        return graph
+        return bucket.recording.next(
+            self._make_graph,
+            lambda: self._fill(bucket.places, given),
+            lambda: self._advance(bucket.places),  # what it writes is written again
+            f"guesses for {len(given.token_ids)} sequences",
+        )
 
 
 def read(tokens: list[Tensor], sure: list[Tensor]) -> tuple[list[list[int]], list[list[float]]]:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -17,6 +16,7 @@ import torch
 
 from replicas.engine.graphs import CudaGraphs
 from replicas.engine.native.compiler import cache_dir
+from replicas.engine.triton.device import seconds_of
 
 logger = logging.getLogger(__name__)
 
@@ -127,11 +127,4 @@ def _device_s(call: Callable[[], object]) -> float:
     flush = torch.empty(_FLUSHED, dtype=torch.int8, device="cuda")
     graph = CudaGraphs()()
     graph.record(work)
-    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(_TRIES)]  # type: ignore[no-untyped-call]
-    for start, end in pairs:
-        flush.zero_()
-        start.record()
-        graph.replay()
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(float(start.elapsed_time(end)) for start, end in pairs) / 1e3
+    return seconds_of(graph.replay, _TRIES, before=flush.zero_)

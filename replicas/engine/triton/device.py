@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import statistics
+from collections.abc import Callable
 
 import torch
 
@@ -39,6 +41,18 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return _INTERPRETED_MULTIPROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def seconds_of(call: Callable[[], None], tries: int, before: Callable[[], object] = lambda: None) -> float:
+    """The median by the current CUDA device's own clock; `before` comes before each of the tries, untimed."""
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(tries)]  # type: ignore[no-untyped-call]
+    for start, end in pairs:
+        before()
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(float(start.elapsed_time(end)) for start, end in pairs) / 1e3
 
 
 def next_power_of_2(n: int) -> int:

@@ -11,7 +11,6 @@ Whether it is right and pays is tried on the device (`choose_overlap`): on the s
 from __future__ import annotations
 
 import logging
-import statistics
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from replicas.engine.graphs import Graph
+from replicas.engine.triton.device import seconds_of
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def choose_overlap(
                 graph.replay()
                 found.append(kept[0].clone())
             results.append(found)
-            times.append((seconds or _device_s)(graph.replay))
+            times.append(seconds(graph.replay) if seconds else seconds_of(graph.replay, _TRIES))
     except Exception as error:  # Triton's own are no RuntimeErrors
         logger.warning("kernels do not overlap: %s", error)
         return False
@@ -102,13 +102,3 @@ def _recorded(compute: Callable[[], Tensor], graph: Graph, on: bool) -> tuple[Gr
     work()  # compiles, and makes room for the results outside of the graph's memory
     graph.record(work)
     return graph, kept
-
-
-def _device_s(call: Callable[[], None]) -> float:
-    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(_TRIES)]  # type: ignore[no-untyped-call]
-    for start, end in pairs:
-        start.record()
-        call()
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(float(start.elapsed_time(end)) for start, end in pairs) / 1e3
